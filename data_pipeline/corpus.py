@@ -1,0 +1,78 @@
+"""A corpus: a folder of shards by split and domain, with its tokenizer, its funnel and a manifest (`corpus.json`) written last.
+
+    prepared/<name>-<fingerprint>/
+      corpus.json  tokenizer/tokenizer.json  curated/  dropped/
+      train/<domain>/00000.arrow + .json     heldout/<domain>/...
+
+The fingerprint covers the config and the listing of the sources: another config or another input is another folder, and nothing is overwritten.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from regrowth.data_pipeline.shards import Shard
+from regrowth.data_pipeline.tokenizer import Tokenizer
+from regrowth.errors import UserError, nearest
+from regrowth.files import read_json
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A finished corpus."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Open a finished corpus.
+
+        Raises:
+            UserError: the folder is not there or is not finished, or its tokenizer is not the one its shards were made with.
+        """
+        if not (folder / "corpus.json").exists():
+            state = "is not finished" if folder.exists() else "does not exist"
+            raise UserError(f"{folder}: this corpus {state}. Prepare it with `regrowth data prepare CONFIG`.")
+        corpus = cls(folder, read_json(folder / "corpus.json"))
+        if corpus.tokenizer.hash != corpus.manifest["tokenizer"]["hash"]:
+            raise UserError(f"{corpus.tokenizer.path}: not the tokenizer this corpus was made with. Restore it or prepare the corpus again.")
+        return corpus
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the shards were made with."""
+        return Tokenizer.load(self.folder / "tokenizer")
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains with training tokens, sorted; a domain's place here is its index everywhere."""
+        return sorted(self.manifest["splits"]["train"])
+
+    def tokens(self, split: str, domain: str) -> int:
+        """Tokens of a domain in a split, document starts included."""
+        return sum(shard["tokens"] for shard in self.manifest["splits"][split].get(domain, []))
+
+    def shards(self, split: str, domain: str) -> list[Shard]:
+        """The shards of a domain, opened and checked for size."""
+        rows = self.manifest["splits"][split].get(domain)
+        if rows is None and domain not in self.domains:
+            raise UserError(f"{self.folder}: no domain {domain!r}; {nearest(domain, self.domains)}")
+        return [Shard(self.folder / row["path"]) for row in rows or []]
+
+    def verify(self) -> int:
+        """Check every shard against its sha256; returns how many there are.
+
+        Raises:
+            UserError: naming the first shard that is damaged.
+        """
+        count = 0
+        for split in SPLITS:
+            for domain in sorted(self.manifest["splits"][split]):
+                for shard in self.shards(split, domain):
+                    shard.verify()
+                    count += 1
+        return count

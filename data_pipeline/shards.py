@@ -1,0 +1,220 @@
+"""Arrow shards: tokenised documents on disk, memory-mapped back as flat token views.
+
+Arrow IPC *stream* files (the form `datasets.Dataset.from_file` opens), one row a document, one record batch a block. One row a document
+keeps lineage exact and costs 8 bytes of offset for each; a flat .bin would save those and lose the document. The index beside a shard says
+where each block's token values and row offsets lie in the file, so that reading slices the mapped file: no row objects, and the cost does
+not depend on document length. A block's xxh3 is checked at its first touch, the file's sha256 by `verify`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from regrowth.errors import UserError
+from regrowth.files import atomic_path, read_json, sha256_of, write_json
+
+FORMAT = 1
+
+
+def shard_schema(vocabulary: int, metadata: dict[str, str]) -> pa.Schema:
+    """The columns of a shard; token ids are uint16 where the vocabulary fits."""
+    token = pa.uint16() if vocabulary <= 1 << 16 else pa.int32()
+    scores = pa.struct([pa.field("quality", pa.float32())])
+    fields = [
+        pa.field("tokens", pa.large_list(token), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("domain", pa.string(), nullable=False),
+        pa.field("lineage", pa.list_(pa.string()), nullable=False),
+        pa.field("scores", scores),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+    return pa.schema(fields, metadata={"regrowth.format": str(FORMAT), **metadata})
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """Where one record batch lies: byte positions in the file, and the hash of its token values."""
+
+    rows: int
+    tokens: int
+    values_offset: int
+    row_offsets_offset: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index beside a shard."""
+
+    format: int
+    domain: str
+    tokenizer_hash: str
+    token_bytes: int  # width of a token id on disk
+    documents: int
+    tokens: int
+    text_bytes: int
+    size: int
+    sha256: str
+    blocks: list[BlockIndex] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Collects documents of one domain into blocks and blocks into shards `00000.arrow`, `00001.arrow`, ... in `folder`."""
+
+    def __init__(self, folder: Path, domain: str, vocabulary: int, tokenizer_hash: str, block_tokens: int, shard_tokens: int) -> None:
+        self.folder, self.domain, self.tokenizer_hash = folder, domain, tokenizer_hash
+        self.block_tokens, self.shard_tokens = block_tokens, shard_tokens
+        metadata = {"regrowth.tokenizer": tokenizer_hash, "regrowth.domain": domain, "regrowth.vocabulary": str(vocabulary)}
+        self.schema = shard_schema(vocabulary, metadata)
+        self.indexes: list[ShardIndex] = []
+        self._rows: list[tuple[list[int], str, list[str]]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._held = self._in_shard = self._text_bytes = 0
+
+    def add(self, tokens: list[int], document: str, lineage: list[str], text_bytes: int) -> None:
+        """Add one document, already framed by the tokenizer's rule for document borders."""
+        self._rows.append((tokens, document, lineage))
+        self._held += len(tokens)
+        self._text_bytes += text_bytes
+        if self._held >= self.block_tokens:
+            self._end_block()
+            if self._in_shard >= self.shard_tokens:
+                self._end_shard()
+
+    def close(self) -> list[ShardIndex]:
+        """Write what is left and return the indexes of all shards."""
+        self._end_block()
+        self._end_shard()
+        return self.indexes
+
+    def _end_block(self) -> None:
+        if not self._rows:
+            return
+        tokens, ids, lineages = zip(*self._rows, strict=True)
+        count = len(tokens)
+        offsets = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum([len(t) for t in tokens], out=offsets[1:])
+        value_type = self.schema.field("tokens").type.value_type
+        values = np.fromiter((t for row in tokens for t in row), dtype=value_type.to_pandas_dtype(), count=int(offsets[-1]))
+        columns = [
+            pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
+            pa.array(ids, pa.string()),
+            pa.array([self.domain] * count, pa.string()),
+            pa.array(lineages, pa.list_(pa.string())),
+            pa.nulls(count, self.schema.field("scores").type),
+            pa.array(np.ones(count, dtype=np.float32)),
+        ]
+        self._batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+        self._in_shard += self._held
+        self._rows, self._held = [], 0
+
+    def _end_shard(self) -> None:
+        if not self._batches:
+            return
+        path = self.folder / f"{len(self.indexes):05d}.arrow"
+        with atomic_path(path) as partial, pa.ipc.new_stream(str(partial), self.schema) as writer:
+            for batch in self._batches:
+                writer.write_batch(batch)
+        index = ShardIndex(
+            format=FORMAT,
+            domain=self.domain,
+            tokenizer_hash=self.tokenizer_hash,
+            token_bytes=self.schema.field("tokens").type.value_type.bit_width // 8,
+            documents=sum(len(batch) for batch in self._batches),
+            tokens=self._in_shard,
+            text_bytes=self._text_bytes,
+            size=path.stat().st_size,
+            sha256=sha256_of(path),
+            blocks=index_blocks(path),
+        )
+        write_json(path.with_suffix(".json"), asdict(index))
+        self.indexes.append(index)
+        self._batches, self._in_shard, self._text_bytes = [], 0, 0
+
+
+def index_blocks(path: Path) -> list[BlockIndex]:
+    """Locate every record batch's buffers in a shard, by mapping the file and asking Arrow where its views point."""
+    mapped = pa.memory_map(str(path)).read_buffer()
+    blocks = []
+    with pa.ipc.open_stream(pa.py_buffer(mapped)) as reader:
+        for batch in reader:
+            column = batch.column("tokens")
+            row_offsets, values = column.buffers()[1], column.values.buffers()[1]
+            assert row_offsets is not None
+            count = len(column.values)
+            data = values.slice(0, count * column.values.type.bit_width // 8) if values is not None else b""
+            blocks.append(
+                BlockIndex(
+                    rows=len(batch),
+                    tokens=count,
+                    values_offset=values.address - mapped.address if values is not None else 0,
+                    row_offsets_offset=row_offsets.address - mapped.address,
+                    xxh3=xxhash.xxh3_64_hexdigest(data),
+                )
+            )
+    return blocks
+
+
+class Shard:
+    """A shard on disk, memory-mapped; blocks come as flat views of the file.
+
+    Raises (from the constructor and from `block`):
+        UserError: the shard or its index is missing, truncated or altered; it is refused by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stored = read_json(path.with_suffix(".json"))
+        try:
+            self.index = ShardIndex(**{**stored, "blocks": [BlockIndex(**block) for block in stored["blocks"]]})
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{path.with_suffix('.json')}: not an index of this format ({error}). Rebuild the corpus.") from error
+        if self.index.format != FORMAT:
+            raise UserError(f"{path}: shard format {self.index.format}, this version reads format {FORMAT}. Rebuild the corpus.")
+        if not path.exists():
+            raise UserError(f"{path}: the shard is missing, its index is there. {_REMEDY}")
+        if (size := path.stat().st_size) != self.index.size:
+            raise UserError(f"{path}: damaged, {size:,} bytes where its index says {self.index.size:,}. {_REMEDY}")
+        self._mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        self._checked: set[int] = set()
+
+    def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Block `number` as (tokens [n], row offsets int64 [rows + 1]), views of the mapped file."""
+        block = self.index.blocks[number]
+        dtype = np.uint16 if self.index.token_bytes == 2 else np.int32
+        raw = self._mapped[block.values_offset : block.values_offset + block.tokens * self.index.token_bytes]
+        if number not in self._checked:
+            if xxhash.xxh3_64_hexdigest(raw) != block.xxh3:
+                raise UserError(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {_REMEDY}")
+            self._checked.add(number)
+        rows = self._mapped[block.row_offsets_offset : block.row_offsets_offset + 8 * (block.rows + 1)]
+        return raw.view(dtype), rows.view(np.int64)
+
+    def table(self, number: int) -> pa.RecordBatch:
+        """Block `number` with all its columns, for looking up ids and lineage; slower than `block`."""
+        with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
+            for position, batch in enumerate(reader):
+                if position == number:
+                    return batch
+        raise IndexError(number)
+
+    def verify(self) -> None:
+        """Compare the whole file with its sha256.
+
+        Raises:
+            UserError: it was altered.
+        """
+        if sha256_of(self.path) != self.index.sha256:
+            raise UserError(f"{self.path}: altered, its sha256 is not the index's. {_REMEDY}")
+
+
+_REMEDY = "Remove this shard's folder and run `regrowth data prepare` again; it rebuilds what is missing."
+
+
+def shard_summary(index: ShardIndex, path: str) -> dict[str, Any]:
+    """A shard's line in the corpus manifest."""
+    return {"path": path, "documents": index.documents, "tokens": index.tokens, "text_bytes": index.text_bytes, "sha256": index.sha256}

@@ -1,0 +1,125 @@
+"""Files that are either whole or absent: write → fsync → rename, for every file and folder that something later trusts."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regrowth.errors import RunFailed, UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's contents, or a folder's entries, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed into place, on failure it is removed.
+
+    Raises:
+        RunFailed: the disk is full or the quota used up; nothing at `path` has changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with disk_full_is_a_letter(path):
+            yield partial
+            fsync_path(partial)
+            os.replace(partial, path)
+            fsync_path(path.parent)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_full_is_a_letter(path: Path) -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT into a RunFailed that names the path and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailed(disk_full_message(path)) from error
+
+
+def disk_full_message(path: Path) -> str:
+    """The letter about a full disk: which path, how much is free."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    return (f"{path}: the disk is full ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free on it). What was written before is intact. "
+            "Free some space or point the run at another disk, then start the same command again.")  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable by people."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file.") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). The file is damaged; restore it or rebuild what wrote it.") from error
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one line to a log. A line is one write, so a crash leaves at most one torn last line, which `read_jsonl` passes over."""
+    with disk_full_is_a_letter(path), path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a torn last line (the writer was killed) is passed over, and a missing file is an empty log."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, in hex, read in 4 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while piece := source.read(1 << 22):
+            digest.update(piece)
+            if on_bytes:
+                on_bytes(len(piece))
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any, length: int = 16) -> str:
+    """A short content hash of any JSON-able value; equal values give equal names, whatever the order of their keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -1,0 +1,184 @@
+"""Configs: TOML in, strict pydantic models out, and an error that names file, key, value and remedy.
+
+One base class for the models of every room. Unknown keys are errors (a typo must not train for a week with a default), values are
+checked at load, and `section.key=value` overrides go through the same checks as the file.
+"""
+
+import tomllib
+import types
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from regrowth.errors import UserError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of all config models: unknown keys are refused, values are immutable once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        UserError: the file is missing, is a folder, is not UTF-8 or not TOML (with the line).
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such config. Give a path to a TOML file or the name of a recipe ({', '.join(recipes())}).") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder; give the TOML file in it.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); TOML files are UTF-8.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}.") from error
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that ship with the package are."""
+    return Path(__file__).parent / "configs"
+
+
+def recipes() -> list[str]:
+    """The names of the training recipes that ship with the package."""
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A config by path, or by the name of a shipped recipe."""
+    path = Path(name)
+    if path.exists() or path.suffix == ".toml" and len(path.parts) > 1:
+        return path
+    shipped = recipe_folder() / f"{path.stem}.toml"
+    if shipped.exists():
+        return shipped
+    raise UserError(f"{name}: neither a file nor a recipe; {nearest(path.stem, recipes())}")
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`["optimizer.lr=3e-4", "run.name=x"]` as a nested dict; values are TOML, and what is not TOML is taken as a string.
+
+    Raises:
+        UserError: an override without "=", or one that sets a key inside a plain value.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f'override "{override}": write it as section.key=value, for example optimizer.lr=3e-4.')
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, leaf = key.strip().split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f'override "{override}": {section} was already set to a plain value.')
+        node[leaf] = value
+    return tree
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section; lists of tables are addressed by index (`growth.0.factor=3`)."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, list):
+            merged[key] = [merge(item, value[str(i)]) if str(i) in value else item for i, item in enumerate(below)]
+        elif isinstance(value, dict) and isinstance(below, dict):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load(model: type[Model], path: Path, overrides: list[str] | None = None) -> Model:
+    """Read a TOML file, lay overrides over it, validate.
+
+    Raises:
+        UserError: naming file, key, value and what is allowed; all faults at once, one line each.
+    """
+    values = merge(read_toml(path), parse_overrides(overrides or []))
+    return validate(model, values, str(path))
+
+
+def validate(model: type[Model], values: Any, origin: str) -> Model:
+    """Validate plain data against a config model; faults become one UserError that names `origin` and each key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_letter(model, values, fault, origin) for fault in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _letter(model: type[BaseModel], values: Any, fault: ErrorDetails, origin: str) -> str:
+    where = _config_key(values, fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, values, fault["loc"][:-1])
+        return f'{origin}: unknown key "{where}"; {nearest(str(fault["loc"][-1]), known)}'
+    if fault["type"] == "missing":
+        return f'{origin}: the key "{where}" is missing; it has no default.'
+    message = fault["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{origin}: {message}"
+    shown = repr(fault["input"])
+    shown = shown if len(shown) < 80 else shown[:77] + "..."
+    return f"{origin}: {where} = {shown}: {message[:1].lower() + message[1:]}"
+
+
+def _config_key(values: Any, loc: tuple[int | str, ...]) -> str:
+    """The key as the user wrote it: pydantic's location without the tags of unions."""
+    parts, node = [], values
+    for part in loc:
+        if isinstance(node, dict) and part not in node and part != loc[-1]:
+            continue  # the tag of a union, not a key
+        parts.append(str(part))
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return ".".join(parts)
+
+
+def _known_keys(model: type[BaseModel], values: Any, loc: tuple[int | str, ...]) -> set[str]:
+    """The keys allowed at `loc`: of the model there, or of all models a union allows there."""
+    here: list[type[BaseModel]] = [model]
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        below = [inner for m in here if part in m.model_fields for inner in _models_in(m.model_fields[part].annotation)]
+        tagged = [m for m in here if any(part in get_args(f.annotation) for f in m.model_fields.values())]
+        here = below or tagged or here
+    return {name for m in here for name in m.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, list, dict, tuple, Annotated):
+        return [found for inner in get_args(annotation) for found in _models_in(inner)]
+    return []
+
+
+def to_toml(config: BaseModel) -> str:
+    """A config as TOML text that loads back to an equal config; keys that are None are left out (TOML has no null)."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(inner) for inner in value]
+    return value
