@@ -128,8 +128,13 @@ def _letter(model: type[BaseModel], values: Any, fault: ErrorDetails, origin: st
     if fault["type"] == "missing":
         return f'{origin}: the key "{where}" is missing; it has no default.'
     message = fault["msg"].removeprefix("Value error, ")
-    if not where:
-        return f"{origin}: {message}"
+    if not where or isinstance(fault["input"], dict) and fault["type"] == "value_error":
+        return f"{origin}: {message}"  # a check over several keys, which names them itself
+    if fault["type"] == "union_tag_invalid":
+        context = fault.get("ctx", {})
+        key = str(context.get("discriminator", "kind")).strip("'")
+        tags = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
+        return f'{origin}: {where}.{key} = "{context.get("tag")}": no such {key}; {nearest(str(context.get("tag")), tags)}'
     shown = repr(fault["input"])
     shown = shown if len(shown) < 80 else shown[:77] + "..."
     return f"{origin}: {where} = {shown}: {message[:1].lower() + message[1:]}"

@@ -1,0 +1,68 @@
+"""Quantisation with scales per tensor, per row or per block: values and scales apart, or back in fp32 at once (emulation).
+
+"Row" and "block" run along the last dim, which callers make the contracted dim of their GEMM: a row is then a token of an activation or an
+output channel of a weight. scale = amax / format.max, so the largest value of each group is representable; amax = 0 gives scale 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from regrowth.kernels.formats import FORMATS, round_to
+
+Granularity = Literal["tensor", "row", "block"]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How one operand of a GEMM is rounded. `format` None leaves it as it is."""
+
+    # Unknown keys in configs are errors here too.
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    format: Literal["e2m1", "e4m3", "e5m2"] | None = None
+    granularity: Granularity = "row"
+    block: int = 128  # values per scale, for granularity "block"
+
+    def scales(self, x: torch.Tensor, amax: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 scales, broadcastable against x grouped as in `_grouped`.
+
+        Args:
+            x: [..., n] fp32.
+            amax: for granularity "tensor", the maximum shared over a group of ranks; None takes x's own.
+        """
+        assert self.format is not None
+        grouped = _grouped(x, self)
+        if self.granularity == "tensor":
+            amax = grouped.abs().amax() if amax is None else amax
+        else:
+            amax = grouped.abs().amax(dim=-1, keepdim=True)
+        scale = amax.float() / FORMATS[self.format].max
+        return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+    def quantize(self, x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values of the format held in fp32, scales); their product is `emulate(x)`.
+
+        Raises:
+            ValueError: granularity "block" and the last dim is not a multiple of the block.
+        """
+        assert self.format is not None
+        scale = self.scales(x, amax)
+        grouped = _grouped(x.float(), self)
+        return round_to(grouped / scale, FORMATS[self.format]).reshape(x.shape), scale
+
+    def emulate(self, x: torch.Tensor, amax: torch.Tensor | None = None) -> torch.Tensor:
+        """Round x to the format and scale back: an fp32 tensor of x's shape whose values the narrow format can hold."""
+        if self.format is None:
+            return x
+        values, scale = self.quantize(x, amax)
+        return _grouped(values, self).mul_(scale).reshape(x.shape)
+
+
+def _grouped(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    if quantizer.granularity != "block":
+        return x
+    if x.shape[-1] % quantizer.block:
+        raise ValueError(f"blocks of {quantizer.block} do not divide the contracted dim of {x.shape[-1]}; choose a block that does")
+    return x.reshape(*x.shape[:-1], -1, quantizer.block)

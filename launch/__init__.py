@@ -1,0 +1,1 @@
+"""The command line, the launchers and what needs several rooms at once."""

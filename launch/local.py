@@ -1,0 +1,176 @@
+"""Start a run's ranks on this machine, watch them, and say what happened.
+
+The launcher imports no torch. Workers run in sessions of their own: Ctrl-C reaches the launcher alone, which asks them to write a
+checkpoint and stop. If one rank dies, the others, which would wait for it for ever, are ended.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from regrowth.errors import RegrowthError, RunFailed, Stopped, UserError
+
+_GRACE_SECONDS = 120.0  # to finish a step and write a checkpoint after a request to stop
+
+
+class WorkerFailed(RunFailed):
+    """A rank ended with an error of its own; carries that error's exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_local(folder: Path, corpus: Path, ranks: int, watch: Callable[[bool], None] | None = None) -> None:
+    """Run all ranks of the run in `folder` to their end.
+
+    Args:
+        watch: called about five times a second, with True at the end: shows progress.
+
+    Raises:
+        Stopped: after Ctrl-C or SIGTERM, once the checkpoint is written.
+        WorkerFailed, RunFailed: the first rank's own letter, or how it died.
+    """
+    show = watch or (lambda finished: None)
+    workers = _start(folder, corpus, ranks)
+    stopping_since: float | None = None
+    asked = _StopSignals()
+    try:
+        while True:
+            codes = [worker.poll() for worker in workers]
+            show(False)
+            if all(code == 0 for code in codes):
+                show(True)
+                return
+            if any(code not in (None, 0) for code in codes):
+                break
+            if asked.count and stopping_since is None:
+                stopping_since = time.monotonic()
+                _signal(workers, signal.SIGTERM)
+            if asked.count > 1 or stopping_since is not None and time.monotonic() - stopping_since > _GRACE_SECONDS:
+                _end(workers, grace=0.0)
+                raise Stopped(f"{folder}: ended at once; the newest checkpoint stands. Go on with: regrowth train --resume {folder}")
+            time.sleep(0.2)
+        time.sleep(0.5)  # the other ranks may be writing their own letters
+        _end(workers, grace=20.0 if stopping_since is not None or _stopped(folder, ranks) else 3.0)
+        show(True)
+        raise _letter(folder, [worker.poll() for worker in workers])
+    finally:
+        asked.restore()
+        _end(workers, grace=0.0)
+
+
+def _start(folder: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    workers = []
+    for rank in range(ranks):
+        (logs / f"rank-{rank}.error").unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "REGROWTH_LAUNCHER": str(os.getpid()),
+        }
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        with (logs / f"rank-{rank}.log").open("ab") as log:
+            command = [sys.executable, "-u", "-m", "regrowth.pretrain.worker", str(folder), str(corpus)]
+            workers.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
+    return workers
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _signal(workers: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
+
+
+def _end(workers: list[subprocess.Popen[bytes]], grace: float) -> None:
+    """Wait `grace` seconds for the workers to end by themselves, then kill those that are left."""
+    until = time.monotonic() + grace
+    while time.monotonic() < until and any(worker.poll() is None for worker in workers):
+        time.sleep(0.1)
+    _signal(workers, signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+
+
+def _letters(folder: Path, ranks: int) -> list[tuple[int, int, str]]:
+    """(rank, exit code, message) of every rank that left a letter."""
+    found = []
+    for rank in range(ranks):
+        path = folder / "logs" / f"rank-{rank}.error"
+        if path.exists():
+            try:
+                letter = json.loads(path.read_text(encoding="utf-8"))
+                found.append((rank, int(letter["exit_code"]), str(letter["message"])))
+            except (ValueError, KeyError):
+                continue
+    return found
+
+
+def _stopped(folder: Path, ranks: int) -> bool:
+    return any(code == Stopped.exit_code for _, code, _ in _letters(folder, ranks))
+
+
+def _letter(folder: Path, codes: list[int | None]) -> RegrowthError:
+    """What to tell of workers that did not all end well: a killed rank first, then the user's faults, then the rest."""
+    letters = _letters(folder, len(codes))
+    resume = f"The newest checkpoint stands; go on with: regrowth train --resume {folder}"
+    written = {rank for rank, _, _ in letters}
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0 and rank not in written and code != -signal.SIGKILL:
+            return RunFailed(f"{folder}: rank {rank} was ended by {signal.Signals(-code).name}. {resume}")
+    for kind in (UserError.exit_code, Stopped.exit_code):
+        if chosen := [message for _, code, message in letters if code == kind]:
+            return Stopped(chosen[0]) if kind == Stopped.exit_code else UserError(chosen[0])
+    own = [(rank, code, message) for rank, code, message in letters if not _is_echo(message)]
+    if own:
+        rank, code, message = own[0]
+        return WorkerFailed(f"{message} (rank {rank}, log: {folder}/logs/rank-{rank}.log) {resume}", code)
+    # Letters of ranks that lost a neighbour only echo its death: the neighbour was killed from outside.
+    silent = [rank for rank in range(len(codes)) if rank not in written]
+    who = f"rank {silent[0]}" if silent else "a rank"
+    return RunFailed(f"{folder}: {who} was killed (SIGKILL: out of memory, or by hand; its log is in {folder}/logs). {resume}")
+
+
+def _is_echo(message: str) -> bool:
+    signs = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "DistStoreError", "DistNetworkError")
+    return any(sign in message for sign in signs)
+
+
+class _StopSignals:
+    """Counts SIGINT and SIGTERM instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._count)
+            except ValueError:  # not in the main thread: nobody presses Ctrl-C there
+                continue
+
+    def _count(self, number: int, frame: object) -> None:
+        self.count += 1
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,31 @@
+"""Small questions to tensors that may or may not be sharded."""
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it; a collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_global_index(tensor: torch.Tensor) -> torch.Tensor:
+    """The global element index (int64, on the CPU) of each element that this rank holds."""
+    if isinstance(tensor, DTensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    else:
+        shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
+    index = torch.zeros(shape, dtype=torch.int64)
+    stride = 1
+    for dim in reversed(range(tensor.dim())):
+        along = (torch.arange(shape[dim]) + offset[dim]) * stride
+        index += along.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+        stride *= tensor.shape[dim]
+    return index

@@ -1,0 +1,224 @@
+"""Checkpoints: a folder that is either whole or refused.
+
+    step-000400/
+      model/ optimizer/    sharded safetensors under canonical names; no pickle is ever written or read
+      model.json           the model's config: the checkpoint owns it, growth changes it
+      loader.json trainer.json lineage.json
+      manifest.json        written last: the size and sha256 of every other file
+
+Written beside under a name that no reader accepts, synced, then renamed. Loading reshards to any mesh. A folder without manifest, or with a
+file that differs from it, is refused by name, and the one before is used.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from regrowth.errors import RunFailed, UserError
+from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
+from regrowth.parallel.agree import on_first_rank
+from regrowth.pretrain.lineage import Lineage
+from regrowth.pretrain.model_config import ModelConfig
+from regrowth.settings import validate
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)(-grown)?$")
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """Everything but the tensors."""
+
+    model: ModelConfig
+    lineage: Lineage
+    loader: dict[str, Any]
+    trainer: dict[str, Any]  # step, optimizer_steps
+
+
+def checkpoint_path(run: Path, step: int, grown: bool = False) -> Path:
+    """Where the checkpoint of a step goes."""
+    return run / "checkpoints" / f"step-{step:06d}{'-grown' if grown else ''}"
+
+
+def save_checkpoint(
+    path: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: CheckpointState, alone: bool = False
+) -> str:
+    """Write a checkpoint atomically; every rank calls it with its shards, or one calls it `alone` with whole tensors. Returns its id.
+
+    Raises:
+        RunFailed: on every rank, if any of them could not write (disk full, I/O error). Older checkpoints are untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    alone = alone or not dist.is_initialized()
+    once: Callable[[Callable[[], Any]], Any] = (lambda function: function()) if alone else on_first_rank
+    once(lambda: _fresh_folder(partial, weights, moments))
+    try:
+        _save_tensors(partial / "model", weights, alone)
+        _save_tensors(partial / "optimizer", moments, alone)
+        return once(lambda: _finish(partial, path, state))
+    except Exception as error:
+        raise _write_failure(path, error) from error
+    finally:
+        once(lambda: shutil.rmtree(partial, ignore_errors=True))
+
+
+def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+    for old in partial.parent.glob(".step-*.partial"):  # left by a killed writer
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailed(f"{disk_full_message(partial.parent)} This checkpoint needs {needed / 2**20:.1f} MiB.")
+
+
+def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=alone)
+
+
+def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
+    _dump(partial / "model.json", state.model.model_dump())
+    _dump(partial / "loader.json", state.loader)
+    _dump(partial / "trainer.json", state.trainer)
+    sums = {str(f.relative_to(partial)): _entry(f) for f in sorted(partial.rglob("*")) if f.is_file()}
+    content = {name: entry["sha256"] for name, entry in sums.items() if name.startswith(("model/", "optimizer/", "model.json"))}
+    identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    _dump(partial / "lineage.json", state.lineage.model_dump())
+    sums["lineage.json"] = _entry(partial / "lineage.json")
+    manifest = {"format": FORMAT, "id": identity, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": sums}
+    _dump(partial / "manifest.json", manifest)
+    for file in [*partial.rglob("*"), partial]:
+        fsync_path(file)
+    if path.exists():  # the same step written again after a rewind
+        shutil.rmtree(path)
+    os.replace(partial, path)
+    fsync_path(path.parent)
+    return identity
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _write_failure(path: Path, error: BaseException) -> RunFailed:
+    if isinstance(error, RunFailed):
+        return error
+    told = str(error)
+    if any(sign in told for sign in ("No space left", "ENOSPC", "Disk quota", "os error 28", "StorageFull")):
+        return RunFailed(disk_full_message(path.parent))
+    return RunFailed(f"{path}: the checkpoint could not be written: {told[:500]}. Older checkpoints are intact.")
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a checkpoint against its manifest, which is returned.
+
+    Raises:
+        UserError: naming the file that is missing, truncated or altered.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such checkpoint folder.")
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path}: refused, it has no manifest.json: it was never finished, or is not a checkpoint.")
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: refused, checkpoint format {manifest.get('format')}; this version reads format {FORMAT}.")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.exists():
+            raise UserError(f"{path}: refused, {name} is missing.")
+        if (size := file.stat().st_size) != entry["size"]:
+            raise UserError(f"{path}: refused, {name} is truncated or altered ({size:,} bytes, the manifest says {entry['size']:,}).")
+        if sha256_of(file) != entry["sha256"]:
+            raise UserError(f"{path}: refused, {name} was altered (its sha256 is not the manifest's).")
+    return manifest
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first; a grown one comes after the one it was grown from."""
+    found = [(int(m[1]), bool(m[2]), p) for p in (run / "checkpoints").glob("step-*") if (m := _NAME.match(p.name))]
+    return [path for _, _, path in sorted(found)]
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes `verify`, and the letters about newer ones that were refused."""
+    refused = []
+    for path in reversed(list_checkpoints(run)):
+        try:
+            verify(path)
+            return path, refused
+        except UserError as error:
+            refused.append(str(error))
+    return None, refused
+
+
+def read_state(path: Path) -> CheckpointState:
+    """The parts of a checkpoint that are not tensors."""
+    return CheckpointState(
+        model=validate(ModelConfig, read_json(path / "model.json"), str(path / "model.json")),
+        lineage=validate(Lineage, read_json(path / "lineage.json"), str(path / "lineage.json")),
+        loader=read_json(path / "loader.json"),
+        trainer=read_json(path / "trainer.json"),
+    )
+
+
+def load_tensors(folder: Path, into: dict[str, torch.Tensor], alone: bool = False) -> None:
+    """Read `model/` or `optimizer/` of a checkpoint into existing tensors: every rank its part, or one process `alone`.
+
+    Raises:
+        UserError: a name or a shape is not the checkpoint's.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or not dist.is_initialized())
+        except Exception as error:
+            raise UserError(f"{folder}: does not fit the model: {str(error)[:600]}") from error
+
+
+def load_plain(path: Path) -> tuple[CheckpointState, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A whole checkpoint on this process's CPU, after `verify`: (state, weights, moments). For growth, conversion and evaluation."""
+    verify(path)
+    state = read_state(path)
+    shapes = canonical_shapes(state.model)
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    moments = {f"{name}.{m}": torch.empty(shape) for name, shape in shapes.items() for m in ("exp_avg", "exp_avg_sq")}
+    load_tensors(path / "model", weights, alone=True)
+    load_tensors(path / "optimizer", moments, alone=True)
+    return state, weights, moments
+
+
+def canonical_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Canonical name -> shape of every parameter of a model, without building its storage."""
+    from regrowth.pretrain.attention import sdpa
+    from regrowth.pretrain.model import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(config, sdpa)
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)

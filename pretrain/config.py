@@ -1,0 +1,140 @@
+"""The config of a run: one model per room, composed here. `configs/quickstart.toml` shows it filled in."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from regrowth.data_pipeline.config import DataConfig, LoaderConfig, Mixing, StaticMixing
+from regrowth.errors import nearest
+from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
+from regrowth.parallel.plan import ParallelPlan
+from regrowth.pretrain.model_config import ModelConfig
+from regrowth.settings import Settings, find_recipe, load
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class RunSettings(Settings):
+    """Name, length and place of a run."""
+
+    name: str = "run"
+    folder: Path = Path("runs")
+    steps: Count = 1000
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights and moments are fp32
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    deterministic: bool = False  # refuse operations that are not
+    peak_tflops: float | None = None  # of one device in the run's dtype; None: from a table of known GPUs, for MFU
+    threads: Count | None = None  # of a rank on the CPU; None: the cores shared out
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or "/" in value or value.startswith("."):
+            raise ValueError("a run's name is a plain file name")
+        return value
+
+
+class OptimizerConfig(Settings):
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over the run."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # wsd: the last part, falling linearly
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rewarm_steps: Annotated[int, Field(ge=0)] = 10  # after a growth
+
+
+class PrecisionConfig(Settings):
+    """A recipe by name, or one spelled out."""
+
+    recipe: str = "full"
+    custom: PrecisionRecipe | None = None
+    full_precision_last: Annotated[float, Field(ge=0, le=1)] | None = None  # None: the recipe's own
+
+    @field_validator("recipe")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in RECIPES:
+            raise ValueError(f"no such recipe; {nearest(value, RECIPES)}")
+        return value
+
+    def build(self) -> PrecisionRecipe:
+        """The recipe with its schedule."""
+        from dataclasses import replace
+
+        recipe = self.custom or RECIPES[self.recipe]
+        return recipe if self.full_precision_last is None else replace(recipe, full_precision_last=self.full_precision_last)
+
+
+class GrowthEvent(Settings):
+    """Grow the model before step `at_step`."""
+
+    at_step: Count
+    op: Literal["stack"] = "stack"
+    factor: Annotated[int, Field(ge=2)] = 2
+
+
+class CheckpointConfig(Settings):
+    """When to write checkpoints, and how many to keep."""
+
+    every: Count = 100
+    keep: Count = 2
+
+
+class EvaluationConfig(Settings):
+    """Held-out bits per byte."""
+
+    every: Count = 100
+    sequences_per_domain: Count = 64  # during the run; the final evaluation reads `final_sequences_per_domain`
+    final_sequences_per_domain: Count = 512
+
+
+class RunConfig(Settings):
+    """Everything a run is."""
+
+    run: RunSettings = RunSettings()
+    data: DataConfig
+    loader: LoaderConfig = LoaderConfig()
+    mixing: Mixing = StaticMixing()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    growth: list[GrowthEvent] = []
+    parallel: ParallelPlan = ParallelPlan()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _rooms_fit_together(self) -> "RunConfig":
+        self.parallel.check_batch(self.loader.global_batch)
+        steps = [event.at_step for event in self.growth]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
+        if steps and steps[-1] >= self.run.steps:
+            raise ValueError(f"growth: at_step = {steps[-1]} is not before the end of the run (run.steps = {self.run.steps})")
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocabulary > self.model.vocabulary:
+            raise ValueError(
+                f"model.vocabulary = {self.model.vocabulary} is smaller than data.tokenizer.vocabulary = {self.data.tokenizer.vocabulary}; "
+                f"set model.vocabulary to at least {self.data.tokenizer.vocabulary}"
+            )
+        return self
+
+
+def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """A run's config by path or recipe name, with dotted overrides."""
+    return load(RunConfig, find_recipe(name), overrides)

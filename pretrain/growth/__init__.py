@@ -1,0 +1,1 @@
+"""Growth: a trained checkpoint becomes a larger model's start."""

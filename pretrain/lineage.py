@@ -1,0 +1,59 @@
+"""Lineage: where a checkpoint comes from, as a graph by content hash. Nothing paid for is forgotten: data, tokens and FLOPs of all ancestors."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from regrowth.settings import Settings
+
+
+class Parent(Settings):
+    """An ancestor and what was done with it."""
+
+    id: str
+    relation: str  # "grown from", "continued from", "averaged from"
+    step: int
+    operator: dict[str, Any] = {}
+
+
+class Lineage(Settings):
+    """One checkpoint's record. `tokens` and `train_flops` are spent on it in all, its ancestors' included."""
+
+    parents: list[Parent] = []  # oldest first
+    run: str = ""
+    step: int = 0
+    tokens: int = 0
+    train_flops: float = 0.0
+    tokens_by_domain: dict[str, int] = Field(default_factory=dict)
+    corpus: str = ""
+    version: str = ""
+
+    def grown(self, parent_id: str, operator: dict[str, Any]) -> "Lineage":
+        """The record of a model grown from this one."""
+        parent = Parent(id=parent_id, relation="grown from", step=self.step, operator=operator)
+        return self.model_copy(update={"parents": [*self.parents, parent]})
+
+    @property
+    def growth_steps(self) -> list[int]:
+        """The steps before which growths happened."""
+        return [parent.step for parent in self.parents if parent.relation == "grown from"]
+
+    def lines(self) -> list[str]:
+        """The record for people, oldest first."""
+        told = [f"{p.id[:12]}  step {p.step:,}  {p.relation} by {_spell(p.operator)}" for p in self.parents]
+        return [*told, f"this checkpoint  step {self.step:,}, {self.tokens:,} tokens, {self.train_flops:.3g} training FLOPs in all"]
+
+
+def _spell(operator: dict[str, Any]) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in operator.items() if key != "op")
+    return f"{operator.get('op', '?')} ({rest})" if rest else str(operator.get("op", "?"))
+
+
+def read_lineage(checkpoint: Path) -> Lineage:
+    """The lineage of a checkpoint folder."""
+    from regrowth.files import read_json
+    from regrowth.settings import validate
+
+    path = checkpoint / "lineage.json"
+    return validate(Lineage, read_json(path), str(path))

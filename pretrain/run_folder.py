@@ -1,0 +1,123 @@
+"""The folder of a run, which explains itself.
+
+    runs/2026-11-21_quickstart/
+      config.toml        resolved; the command line and versions in its head     environment.json
+      metrics.jsonl      one row a step                                           evaluations.jsonl
+      mixing.jsonl       every draw and what the policy learned from it           events.jsonl  growth, precision, restarts, skipped steps
+      checkpoints/       logs/rank-0.log ...      export/hf/      report.html
+"""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from regrowth import __version__
+from regrowth.errors import UserError
+from regrowth.files import append_jsonl, read_jsonl, write_json, write_text
+from regrowth.pretrain.config import RunConfig
+from regrowth.settings import load, to_toml
+
+LOGS = ("metrics", "evaluations", "mixing", "events")
+
+
+class RunFolder:
+    """Paths and logs of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config: RunConfig) -> "RunFolder":
+        """A new folder for a run, named by day and name; a second run of the same name on a day gets a number.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        base = config.run.folder / f"{time.strftime('%Y-%m-%d')}_{config.run.name}"
+        number, path = 1, base
+        while True:
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                path = base.with_name(f"{base.name}_{number}")
+            except OSError as error:
+                raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({error.strerror}).") from error
+        head = f"# {shlex.join(sys.argv)}\n# regrowth {__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n\n"
+        write_text(path / "config.toml", head + to_toml(config))
+        write_json(path / "environment.json", environment())
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            UserError: it is not a run's folder.
+        """
+        if not (path / "config.toml").exists():
+            raise UserError(f"{path}: not a run's folder (no config.toml in it).")
+        return cls(path)
+
+    def config(self, overrides: list[str] | None = None) -> RunConfig:
+        """The run's resolved config."""
+        return load(RunConfig, self.path / "config.toml", overrides)
+
+    def log(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row to one of the run's logs."""
+        append_jsonl(self.path / f"{name}.jsonl", row)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one of the run's logs."""
+        return read_jsonl(self.path / f"{name}.jsonl")
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows of steps that will be done again; events are history and stay."""
+        for name in ("metrics", "mixing", "evaluations"):
+            rows = self.rows(name)
+            kept = [row for row in rows if row["step"] < step + (name == "evaluations")]
+            if len(kept) < len(rows):
+                import json
+
+                write_text(self.path / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return any(row["event"] == "finished" for row in self.rows("events"))
+
+
+def unfinished_run(config: RunConfig) -> RunFolder | None:
+    """The newest run of this name that was stopped before its end."""
+    candidates = config.run.folder.glob(f"*_{config.run.name}*/config.toml")
+    for path in sorted((p.parent for p in candidates), key=lambda p: p.stat().st_mtime, reverse=True):
+        run = RunFolder(path)
+        if not run.finished:
+            return run
+    return None
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for the report; no user name, no variables."""
+    names = ("torch", "numpy", "pyarrow", "tokenizers", "safetensors", "transformers", "datasets", "pydantic")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "regrowth": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "packages": versions,
+    }

@@ -1,0 +1,98 @@
+"""A run's moving parts at one model size: model, engine, loader; built from the config and, when there is one, a checkpoint.
+
+Growth ends a session and begins the next, so there is one way to come to a model: build it, fill it, train it.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from regrowth import __version__
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.loader import Loader
+from regrowth.errors import UserError
+from regrowth.kernels.linear import set_precision
+from regrowth.kernels.recipe import PrecisionRecipe
+from regrowth.parallel.engine import NativeEngine
+from regrowth.pretrain.attention import choose_attention
+from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.initialise import initialise
+from regrowth.pretrain.lineage import Lineage
+from regrowth.pretrain.model import Transformer
+from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.optim import build_optimizer
+
+
+class Session:
+    """Everything that a growth replaces.
+
+    Raises:
+        UserError: the tokenizer's ids do not fit the model, or the checkpoint does not fit the data.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device, checkpoint: Path | None) -> None:
+        self.config, self.corpus = config, corpus
+        state = read_state(checkpoint) if checkpoint else None
+        self.model_config = state.model if state else config.model
+        self.lineage = state.lineage if state else Lineage(corpus=corpus.folder.name, version=__version__)
+        self.step = int(state.trainer["step"]) if state else 0
+        if corpus.tokenizer.size > self.model_config.vocabulary:
+            raise UserError(
+                f"model.vocabulary = {self.model_config.vocabulary} is smaller than the tokenizer's {corpus.tokenizer.size} ids "
+                f"({corpus.tokenizer.path}). Set model.vocabulary to at least {corpus.tokenizer.size}."
+            )
+        self.loader = Loader(corpus, config.loader, config.mixing)
+        self.engine = self._build_engine(mesh, device)
+        self.recipe = PrecisionRecipe(name="unset")
+        if checkpoint and state:
+            self.loader.load_state_dict(state.loader)
+            load_tensors(checkpoint / "model", self.engine.weights())
+            load_tensors(checkpoint / "optimizer", self.engine.moments())
+            self.engine.set_optimizer_steps(int(state.trainer["optimizer_steps"]))
+
+    def _build_engine(self, mesh: DeviceMesh | None, device: torch.device) -> NativeEngine:
+        model = build_model(self.model_config, device, self.config.run.attention)
+        model.recompute = self.config.parallel.recompute
+        return NativeEngine(
+            model,
+            model.blocks(),
+            self.config.parallel,
+            mesh,
+            device,
+            fill=partial(initialise, config=self.model_config, seed=self.config.run.seed),
+            optimizer=partial(build_optimizer, config=self.config.optimizer),
+            autocast=torch.bfloat16 if self.config.run.dtype == "bfloat16" else None,
+        )
+
+    def use_precision(self, recipe: PrecisionRecipe) -> bool:
+        """Let the linears follow a recipe from now on; returns whether that is a change."""
+        if recipe == self.recipe:
+            return False
+        set_precision(self.engine.model, recipe.attention, recipe.ffn)
+        self.recipe = recipe
+        return True
+
+    def state(self, step: int) -> CheckpointState:
+        """What a checkpoint of this moment says besides its tensors."""
+        trainer: dict[str, Any] = {"step": step, "optimizer_steps": self.engine.optimizer_steps}
+        return CheckpointState(self.model_config, self.lineage, self.loader.state_dict(), trainer)
+
+    def save(self, path: Path, step: int) -> str:
+        """Write a checkpoint; collective. Returns its id."""
+        return save_checkpoint(path, self.engine.weights(), self.engine.moments(), self.state(step))
+
+
+def build_model(config: ModelConfig, device: torch.device, attention: str = "auto") -> Transformer:
+    """A model on the meta device."""
+    with torch.device("meta"):
+        return Transformer(config, choose_attention(attention, device))
+
+
+def set_threads(config: RunConfig, ranks_here: int) -> None:
+    """Share this machine's cores between its ranks."""
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // max(1, ranks_here)))

@@ -1,0 +1,245 @@
+"""The training loop, as one rank runs it.
+
+A step: draw the global batch (the same on every rank), take this rank's share, forward and backward over micro-batches, one update. The loss
+is weighted by token over the whole global batch, never a mean of means. Whatever ends a run early - a signal, a full disk, a lost rank -
+leaves its newest whole checkpoint; `train` on the same folder goes on from there.
+"""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from regrowth.data_pipeline.batch import split_sample_id
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.errors import RunFailed, Stopped
+from regrowth.parallel.agree import barrier, on_first_rank
+from regrowth.parallel.mesh import build_mesh, choose_device, process_group
+from regrowth.pretrain.checkpoint import checkpoint_path, newest_whole, prune
+from regrowth.pretrain.config import GrowthEvent, RunConfig
+from regrowth.pretrain.evaluate import evaluate, heldout, total
+from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
+from regrowth.pretrain.loss import LanguageModelLoss, to_tensors
+from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization
+from regrowth.pretrain.run_folder import RunFolder
+from regrowth.pretrain.schedule import lr_factor
+from regrowth.pretrain.session import Session, set_threads
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end at the next step; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
+    """Run or resume the run in `folder` until its last step; called on every rank, with the launcher's environment.
+
+    Raises:
+        Stopped: on request, after a checkpoint.
+        UserError: config, corpus and checkpoint do not fit.
+        RunFailed: a checkpoint could not be written, or the loss is not finite step after step.
+    """
+    run = RunFolder.open(folder)
+    config = run.config()
+    stop = StopRequest()
+    set_threads(config, ranks_here)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    device = choose_device(config.run.device)
+    with process_group(device) as (rank, world_size):
+        try:
+            config.parallel.check_world(world_size)
+        except ValueError as error:
+            raise RunFailed(f"{folder}/config.toml: {error}.") from error
+        corpus = Corpus.open(corpus_folder)
+        Trainer(run, config, corpus, build_mesh(config.parallel, device), device, rank, stop).run_to_the_end()
+
+
+class Trainer:
+    """One rank's view of a run."""
+
+    def __init__(self, run: RunFolder, config: RunConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device, rank: int,
+                 stop: StopRequest) -> None:  # fmt: skip
+        self.run, self.config, self.corpus = run, config, corpus
+        self.mesh, self.device, self.rank, self.stop = mesh, device, rank, stop
+        self.recipe = config.precision.build()
+        self.loss = LanguageModelLoss(config.optimizer.z_loss)
+        self.metrics = MetricsWriter(run) if rank == 0 else None
+        self.unfinite_steps = 0
+        checkpoint = on_first_rank(self._where_to_start)
+        self.saved_at = -1
+        self.session = Session(config, corpus, mesh, device, checkpoint)
+        if checkpoint:
+            self.saved_at = self.session.step
+        else:
+            self._event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
+
+    def run_to_the_end(self) -> None:
+        """Steps, and between them growths, evaluations and checkpoints."""
+        steps = self.config.run.steps
+        try:
+            for step in range(self.session.step, steps):
+                if event := self._growth_due(step):
+                    self._grow(event)
+                self._step(step)
+                done = step + 1
+                if done % self.config.evaluation.every == 0 and done < steps:
+                    self._evaluate(done, self.config.evaluation.sequences_per_domain)
+                if done % self.config.checkpoint.every == 0 or done == steps:
+                    self._save(done)
+            if not self.run.finished:
+                self._save(steps)
+                self._evaluate(steps, self.config.evaluation.final_sequences_per_domain, final=True)
+                barrier()
+                self._event("finished", step=steps)
+        finally:
+            if self.metrics:
+                self.metrics.close()
+
+    def _where_to_start(self) -> Path | None:
+        checkpoint, refused = newest_whole(self.run.path)
+        for letter in refused:
+            self._event("checkpoint refused", reason=letter, used=checkpoint.name if checkpoint else "none, from the start")
+        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        if self.run.rows("metrics"):
+            self._event("resumed", step=step, checkpoint=checkpoint.name if checkpoint else None)
+        self.run.rewind(step)
+        return checkpoint
+
+    def _step(self, step: int) -> None:
+        began = time.perf_counter()
+        session, engine, config = self.session, self.session.engine, self.config
+        recipe = self.recipe.at(step, config.run.steps)
+        if session.use_precision(recipe):
+            self._event("precision", step=step, recipe=recipe.name)
+
+        ids = session.loader.plan_step(step)
+        share = len(ids) // engine.data_ranks
+        batch = session.loader.build(ids[engine.data_rank * share : (engine.data_rank + 1) * share])
+        size = config.parallel.micro_batch
+        micro_batches = [to_tensors(batch.slice(i, min(i + size, share)), self.device) for i in range(0, share, size)]
+
+        # One small exchange before the step: how many tokens the global batch trains on, and whether any rank was asked to stop.
+        mine = torch.tensor([[float(batch.loss_weight.sum()), float(self.stop.asked)]], dtype=torch.float64, device=self.device)
+        tokens, asked = engine.gather(mine).sum(0).tolist()
+
+        reports = engine.forward_backward(micro_batches, self.loss, scale=1.0 / max(tokens, 1.0))
+        growths = session.lineage.growth_steps
+        lr = config.optimizer.lr * lr_factor(config.schedule, step, config.run.steps, growths)
+        norm = engine.step(lr, config.optimizer.clip)
+        sums = engine.gather(torch.cat(reports)).cpu().numpy()  # [global batch, 2], in the batch's order on every rank
+        decision = session.loader.mixer.observe(step, self._domain_losses(ids, sums))
+        self._account(ids, int(tokens))
+        self._watch_finite(step, norm)
+        if self.metrics:
+            self.metrics.step(self._row(step, sums, lr, norm, int(tokens), decision, time.perf_counter() - began), decision)
+        if asked:
+            self._save(step + 1)
+            self._event("stopped", step=step + 1)
+            raise Stopped(f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}")
+
+    def _domain_losses(self, ids: list[int], sums: np.ndarray) -> dict[int, float]:
+        """Mean loss of each domain of the step, summed in unit order in fp64, the same on every rank and for every number of ranks."""
+        domain = np.array([split_sample_id(s)[0] for s in ids])
+        return {int(d): float(sums[domain == d, 0].sum() / max(sums[domain == d, 1].sum(), 1.0)) for d in np.unique(domain)}
+
+    def _account(self, ids: list[int], tokens: int) -> None:
+        """Write what the step consumed into the lineage."""
+        lineage, model = self.session.lineage, self.session.model_config
+        by_domain = dict(lineage.tokens_by_domain)
+        for sample in ids:
+            name = self.corpus.domains[split_sample_id(sample)[0]]
+            by_domain[name] = by_domain.get(name, 0) + self.config.loader.sequence_length
+        flops = lineage.train_flops + float(tokens) * model.train_flops_per_token(self.config.loader.sequence_length)
+        changes = {"run": self.run.path.name, "step": lineage.step + 1, "tokens": lineage.tokens + tokens}
+        self.session.lineage = lineage.model_copy(update={**changes, "train_flops": flops, "tokens_by_domain": by_domain})
+
+    def _row(self, step: int, sums: np.ndarray, lr: float, norm: float, tokens: int, decision: dict[str, Any], seconds: float) -> dict[str, Any]:
+        domains = self.corpus.domains
+        rate = tokens / seconds
+        flops = self.session.model_config.train_flops_per_token(self.config.loader.sequence_length)
+        return {
+            "step": step,
+            "loss": float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1.0)),
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": model_flops_utilization(rate * flops, self.config, self.device),
+            "domain_loss": {domains[int(d)]: x for d, x in decision["losses"].items()},
+            "mixture": dict(zip(domains, decision["probabilities"], strict=True)),
+            "precision": self.session.recipe.name,
+            "layers": self.session.model_config.layers,
+        }
+
+    def _watch_finite(self, step: int, norm: float) -> None:
+        self.unfinite_steps = 0 if np.isfinite(norm) else self.unfinite_steps + 1
+        if self.unfinite_steps:
+            self._event("skipped step", step=step, reason=f"gradient norm is {norm}; no update was made")
+        if self.unfinite_steps >= 10:
+            raise RunFailed(f"{self.run.path}: the gradient was not finite for 10 steps in a row (last: step {step}). Lower optimizer.lr "
+                            "or use a wider precision.recipe, and resume; the checkpoints before are intact.")  # fmt: skip
+
+    def _growth_due(self, step: int) -> GrowthEvent | None:
+        done = self.session.lineage.growth_steps
+        return next((event for event in self.config.growth if event.at_step == step and step not in done), None)
+
+    def _grow(self, event: GrowthEvent) -> None:
+        step, before = event.at_step, self.session.model_config
+        self._evaluate(step, self.config.evaluation.sequences_per_domain)
+        self._save(step)
+        source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
+        operator = build_operator(event.op, factor=event.factor)
+        on_first_rank(lambda: _grow_again(source, target, operator))
+        del self.session  # free the small model before the large one is built
+        self.session = Session(self.config, self.corpus, self.mesh, self.device, target)
+        after = self.session.model_config
+        self._event("growth", step=step, **operator.describe(), layers=[before.layers, after.layers], parameters=[before.parameters, after.parameters])
+        self._evaluate(step, self.config.evaluation.sequences_per_domain, note="after growth")
+
+    def _save(self, step: int) -> None:
+        if self.saved_at == step:
+            return
+        began = time.perf_counter()
+        path = checkpoint_path(self.run.path, step)
+        self.session.save(path, step)
+        self.saved_at = step
+        if self.rank == 0:
+            prune(self.run.path, self.config.checkpoint.keep)
+        self._event("checkpoint", step=step, path=path.name, seconds=round(time.perf_counter() - began, 3))
+
+    def _evaluate(self, step: int, per_domain: int, final: bool = False, note: str = "") -> None:
+        batch = heldout(self.corpus, self.config.loader.sequence_length, per_domain)
+        engine = self.session.engine
+        scores = evaluate(engine, batch, self.corpus, self.config.parallel.micro_batch, self.device)
+        if self.rank == 0:
+            row = {"step": step, "final": final, "note": note, "bits_per_byte": total(scores).bits_per_byte, "loss": total(scores).loss,
+                   "domains": {d: {"bits_per_byte": s.bits_per_byte, "loss": s.loss, "bytes": s.bytes_} for d, s in scores.items()}}  # fmt: skip
+            self.run.log("evaluations", row)
+            assert self.metrics
+            self.metrics.evaluation(row)
+
+    def _event(self, event: str, **details: Any) -> None:
+        if self.rank == 0:
+            self.run.log("events", {"event": event, "time": time.time(), **details})
+
+
+def _grow_again(source: Path, target: Path, operator: Any) -> None:
+    import shutil
+
+    shutil.rmtree(target, ignore_errors=True)  # one that stands here was refused, or the run would have started from it
+    grow_checkpoint(source, target, operator)

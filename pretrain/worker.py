@@ -1,0 +1,51 @@
+"""What a launcher starts: `python -m regrowth.pretrain.worker RUN CORPUS`, one per rank, with RANK, WORLD_SIZE and friends set.
+
+An error is left as a letter in `logs/rank-N.error`, for the launcher to show; the traceback goes to the rank's log.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from regrowth.errors import RegrowthError
+
+
+def _die_with_the_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher is gone, so that a killed launcher leaves no ranks behind (Linux)."""
+    launcher = os.environ.get("REGROWTH_LAUNCHER")
+    if launcher and sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(launcher):
+            sys.exit(1)
+
+
+def main() -> int:
+    """Returns the exit code."""
+    folder, corpus = Path(sys.argv[1]), Path(sys.argv[2])
+    letter = folder / "logs" / f"rank-{os.environ.get('RANK', '0')}.error"
+    letter.parent.mkdir(parents=True, exist_ok=True)
+    letter.unlink(missing_ok=True)
+    _die_with_the_launcher()
+    try:
+        from regrowth.pretrain.train import train
+
+        train(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return 0
+    except RegrowthError as error:
+        code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, message = 75, f"{folder}: interrupted; resume with: regrowth train --resume {folder}"
+    except BaseException as error:
+        code, message = 1, f"{type(error).__name__}: {error}"
+    traceback.print_exc()
+    letter.write_text(json.dumps({"exit_code": code, "message": message}), encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
