@@ -37,8 +37,8 @@ slow: install ## the long tests
 	$(BIN)/python -m pytest -m slow
 
 lint: install ## format check and lint
-	$(BIN)/ruff format --check regrowth/ tests benchmarks
-	$(BIN)/ruff check regrowth/ tests benchmarks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 types: install ## static types
 	$(BIN)/pyright

@@ -39,7 +39,9 @@ class Corpus:
             raise UserError(f"{folder}: this corpus {state}. Prepare it with `regrowth data prepare CONFIG`.")
         corpus = cls(folder, read_json(folder / "corpus.json"))
         if corpus.tokenizer.hash != corpus.manifest["tokenizer"]["hash"]:
-            raise UserError(f"{corpus.tokenizer.path}: not the tokenizer this corpus was made with. Restore it or prepare the corpus again.")
+            raise UserError(
+                f"{corpus.tokenizer.path}: not the tokenizer this corpus was made with. Restore it or prepare the corpus again."
+            )
         return corpus
 
     @cached_property

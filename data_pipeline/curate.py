@@ -11,12 +11,11 @@ ranks and array tasks differ only in where (rank, world_size) come from.
 import collections
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.config import DataConfig, ExactDedup
 from regrowth.data_pipeline.document import DOCUMENT, DROPPED, mark_dropped, to_batches
 from regrowth.data_pipeline.sources.base import Item
@@ -73,22 +72,22 @@ def curate_item(config: DataConfig, numbered: tuple[int, Item], folder: Path, nu
         for batch, unusable in to_batches(build_source(config.sources[source_index]).read(item)):
             _count(funnel, batch, "source", "")
             _drop(funnel, dropped, unusable)
-            for batch in _apply(batch, transforms, funnel, dropped):
-                hashes = content_hashes(batch.column("text"))
-                column = pa.FixedSizeBinaryArray.from_buffers(_HASH.type, len(batch), [None, pa.py_buffer(hashes.tobytes())])
-                kept.write_batch(pa.RecordBatch.from_arrays([*batch.columns, column], schema=CURATED))
+            survivors = _apply(batch, transforms, funnel, dropped)
+            if len(survivors):
+                hashes = content_hashes(survivors.column("text"))
+                column = pa.FixedSizeBinaryArray.from_buffers(_HASH.type, len(survivors), [None, pa.py_buffer(hashes.tobytes())])
+                kept.write_batch(pa.RecordBatch.from_arrays([*survivors.columns, column], schema=CURATED))
     rows = [[*key, *value] for key, value in sorted(funnel.items())]
     write_json(kept_path.with_suffix(".json"), {"item": item.describe(), "funnel": rows})
 
 
-def _apply(batch: pa.RecordBatch, transforms: list[Transform], funnel: Funnel, dropped: pa.ipc.RecordBatchStreamWriter) -> Iterator[Any]:
+def _apply(batch: pa.RecordBatch, transforms: list[Transform], funnel: Funnel, dropped: pa.ipc.RecordBatchStreamWriter) -> pa.RecordBatch:
     for transform in transforms:
         batch, out = transform(batch)
         if out is not None:
             _drop(funnel, dropped, out)
         _count(funnel, batch, transform.name, "")
-    if len(batch):
-        yield batch
+    return batch
 
 
 def _drop(funnel: Funnel, writer: pa.ipc.RecordBatchStreamWriter, batch: pa.RecordBatch) -> None:

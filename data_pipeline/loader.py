@@ -146,5 +146,3 @@ def assemble(sequences: list[tuple[np.ndarray, ...]], sample_ids: list[int], len
     tokens, labels, positions, doc_ids, loss_weight = (np.stack(column) for column in zip(*sequences, strict=True))
     domain = np.array([split_sample_id(s)[0] for s in sample_ids], dtype=np.int32)
     return Batch(tokens, labels, positions, doc_ids, loss_weight, domain, np.array(sample_ids, dtype=np.int64))
-
-

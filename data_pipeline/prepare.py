@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import SPLITS, Corpus
 from regrowth.data_pipeline.curate import CuratedParts, Funnel, curate_item, list_items, part_path
@@ -64,8 +64,10 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
         "name": config.name,
         "config": config.model_dump(mode="json"),
         "tokenizer": {"hash": tokenizer.hash, "vocabulary": tokenizer.size},
-        "splits": {split: {d: [shard_summary(i, _shard_name(split, d, n)) for n, i in enumerate(indexes)] for d, indexes in by_domain.items()}
-                   for split, by_domain in splits.items()},  # fmt: skip
+        "splits": {
+            split: {d: [shard_summary(i, _shard_name(split, d, n)) for n, i in enumerate(indexes)] for d, indexes in by_domain.items()}
+            for split, by_domain in splits.items()
+        },
         "funnel": [[*key, *value] for key, value in sorted(funnel.items())],
     }
     write_json(folder / "corpus.json", manifest)
@@ -104,7 +106,9 @@ def _refuse_nothing_left(config: DataConfig, funnel: Funnel) -> None:
     if not reasons:
         raise UserError("data.sources: no document was found in any source. Check their paths and suffixes.")
     told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common())
-    raise UserError(f"data.transforms: every document was dropped: {told}. Loosen the transform's limits, or check that the sources hold text.")
+    raise UserError(
+        f"data.transforms: every document was dropped: {told}. Loosen the transform's limits, or check that the sources hold text."
+    )
 
 
 def _last_map_name(config: DataConfig) -> str:
@@ -161,8 +165,16 @@ def _shard(
         texts = batch.column("text").to_pylist()
         encoded = tokenizer.encode_documents(texts)
         lengths = pc.binary_length(batch.column("text")).to_pylist()
-        rows = zip(encoded, batch.column("id").to_pylist(), batch.column("domain").to_pylist(), batch.column("source").to_pylist(),
-                   batch.column("lineage").to_pylist(), lengths, _heldout(config, batch), strict=True)  # fmt: skip
+        rows = zip(
+            encoded,
+            batch.column("id").to_pylist(),
+            batch.column("domain").to_pylist(),
+            batch.column("source").to_pylist(),
+            batch.column("lineage").to_pylist(),
+            lengths,
+            _heldout(config, batch),
+            strict=True,
+        )
         for tokens, document, domain, source, lineage, text_bytes, held in rows:
             split = "heldout" if held else "train"
             if (split, domain) not in writers:
@@ -183,12 +195,14 @@ def _shard(
 def _refuse_empty_split(splits: dict[str, dict[str, list[ShardIndex]]], config: DataConfig) -> None:
     for split, remedy in (("train", "Add documents."), ("heldout", "Add documents or raise data.heldout_fraction.")):
         if not splits[split]:
-            raise UserError(f"data.heldout_fraction = {config.heldout_fraction}: the {split} split got no document; the corpus is too small. {remedy}")
+            raise UserError(
+                f"data.heldout_fraction = {config.heldout_fraction}: the {split} split got no document; the corpus is too small. {remedy}"
+            )
 
 
 def domain_folder(domain: str) -> str:
     """A domain's name as a folder name: what is not plain is escaped, so that two domains never share one."""
-    return "".join(c if c.isalnum() or c in "-_." and domain[0] != "." else f"%{ord(c):02x}" for c in domain) or "%empty"
+    return "".join(c if c.isalnum() or (c in "-_." and domain[0] != ".") else f"%{ord(c):02x}" for c in domain) or "%empty"
 
 
 def _shard_name(split: str, domain: str, number: int) -> str:

@@ -188,7 +188,7 @@ class Shard:
         dtype = np.uint16 if self.index.token_bytes == 2 else np.int32
         raw = self._mapped[block.values_offset : block.values_offset + block.tokens * self.index.token_bytes]
         if number not in self._checked:
-            if xxhash.xxh3_64_hexdigest(raw) != block.xxh3:
+            if xxhash.xxh3_64_hexdigest(raw.data) != block.xxh3:
                 raise UserError(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {_REMEDY}")
             self._checked.add(number)
         rows = self._mapped[block.row_offsets_offset : block.row_offsets_offset + 8 * (block.rows + 1)]

@@ -79,7 +79,9 @@ class Tokenizer:
                 try:
                     pieces[index] = bytes(alphabet[character] for character in token)
                 except KeyError as error:
-                    raise UserError(f"{self.path}: token {token!r} is not byte-level; only byte-level BPE gives exact bits per byte.") from error
+                    raise UserError(
+                        f"{self.path}: token {token!r} is not byte-level; only byte-level BPE gives exact bits per byte."
+                    ) from error
         return pieces
 
     @cached_property

@@ -19,7 +19,7 @@ class Quantizer:
     """How one operand of a GEMM is rounded. `format` None leaves it as it is."""
 
     # Unknown keys in configs are errors here too.
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     format: Literal["e2m1", "e4m3", "e5m2"] | None = None
     granularity: Granularity = "row"

@@ -15,7 +15,7 @@ _HIGH = Quantizer(None)
 class GemmPrecision:
     """The two operands of one GEMM."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     a: Quantizer = _HIGH
     b: Quantizer = _HIGH
@@ -25,7 +25,7 @@ class GemmPrecision:
 class LinearPrecision:
     """y = x w^T (forward: a = x, b = w), dx = dy w (dgrad: a = dy, b = w), dw = dy^T x (wgrad: a = dy, b = x)."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     forward: GemmPrecision = GemmPrecision()
     dgrad: GemmPrecision = GemmPrecision()
@@ -41,7 +41,7 @@ class LinearPrecision:
 class PrecisionRecipe:
     """What each kind of linear computes in, and when the run returns to full precision."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     name: str = "full"
     attention: LinearPrecision = LinearPrecision()

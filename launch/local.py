@@ -53,7 +53,7 @@ def run_local(folder: Path, corpus: Path, ranks: int, watch: Callable[[bool], No
             if asked.count and stopping_since is None:
                 stopping_since = time.monotonic()
                 _signal(workers, signal.SIGTERM)
-            if asked.count > 1 or stopping_since is not None and time.monotonic() - stopping_since > _GRACE_SECONDS:
+            if asked.count > 1 or (stopping_since is not None and time.monotonic() - stopping_since > _GRACE_SECONDS):
                 _end(workers, grace=0.0)
                 raise Stopped(f"{folder}: ended at once; the newest checkpoint stands. Go on with: regrowth train --resume {folder}")
             time.sleep(0.2)
@@ -86,7 +86,9 @@ def _start(folder: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[byte
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         with (logs / f"rank-{rank}.log").open("ab") as log:
             command = [sys.executable, "-u", "-m", "regrowth.pretrain.worker", str(folder), str(corpus)]
-            workers.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
+            workers.append(
+                subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            )
     return workers
 
 

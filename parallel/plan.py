@@ -28,7 +28,9 @@ class ParallelPlan(Settings):
     @model_validator(mode="after")
     def _only_what_is_built(self) -> "ParallelPlan":
         if asked := [f"parallel.{axis} = {getattr(self, axis)}" for axis in ("cp", "tp", "pp", "ep") if getattr(self, axis) > 1]:
-            raise ValueError(f"{', '.join(asked)}: this version splits data only. Use dp_replicate and dp_shard, and leave the other axes at 1.")
+            raise ValueError(
+                f"{', '.join(asked)}: this version splits data only. Use dp_replicate and dp_shard, and leave the other axes at 1."
+            )
         return self
 
     @property

@@ -12,7 +12,6 @@ file that differs from it, is refused by name, and the one before is used.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -108,7 +107,7 @@ def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
         fsync_path(file)
     if path.exists():  # the same step written again after a rewind
         shutil.rmtree(path)
-    os.replace(partial, path)
+    partial.replace(path)
     fsync_path(path.parent)
     return identity
 

@@ -1,6 +1,7 @@
 """Where a run's numbers go: `metrics.jsonl` and `mixing.jsonl` always, TensorBoard when it is installed."""
 
 import math
+import resource
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ def model_flops_utilization(flops_per_second: float, config: RunConfig, device: 
     """Share of the peak of all devices; full attention counted."""
     peak = peak_tflops(config, device)
     return None if peak is None else flops_per_second / (peak * 1e12 * config.parallel.world_size)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: allocated on its GPU, or resident in its process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class MetricsWriter:

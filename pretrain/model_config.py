@@ -27,7 +27,9 @@ class ModelConfig(Settings):
     def _heads_group_evenly(self) -> "ModelConfig":
         if self.heads % self.kv_heads:
             allowed = ", ".join(str(d) for d in range(1, self.heads + 1) if self.heads % d == 0)
-            raise ValueError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}; choose kv_heads from {allowed}")
+            raise ValueError(
+                f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}; choose kv_heads from {allowed}"
+            )
         return self
 
     @property

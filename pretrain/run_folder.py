@@ -1,10 +1,10 @@
 """The folder of a run, which explains itself.
 
-    runs/2026-11-21_quickstart/
-      config.toml        resolved; the command line and versions in its head     environment.json
-      metrics.jsonl      one row a step                                           evaluations.jsonl
-      mixing.jsonl       every draw and what the policy learned from it           events.jsonl  growth, precision, restarts, skipped steps
-      checkpoints/       logs/rank-0.log ...      export/hf/      report.html
+runs/2026-11-21_quickstart/
+  config.toml        resolved; the command line and versions in its head     environment.json
+  metrics.jsonl      one row a step                                           evaluations.jsonl
+  mixing.jsonl       every draw and what the policy learned from it           events.jsonl  growth, precision, restarts, skipped steps
+  checkpoints/       logs/rank-0.log ...      export/hf/      report.html
 """
 
 import os

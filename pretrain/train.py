@@ -25,7 +25,7 @@ from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
 from regrowth.pretrain.loss import LanguageModelLoss, to_tensors
-from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization
+from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.schedule import lr_factor
 from regrowth.pretrain.session import Session, set_threads
@@ -149,7 +149,9 @@ class Trainer:
         if asked:
             self._save(step + 1)
             self._event("stopped", step=step + 1)
-            raise Stopped(f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}")
+            raise Stopped(
+                f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}"
+            )
 
     def _domain_losses(self, ids: list[int], sums: np.ndarray) -> dict[int, float]:
         """Mean loss of each domain of the step, summed in unit order in fp64, the same on every rank and for every number of ranks."""
@@ -167,7 +169,9 @@ class Trainer:
         changes = {"run": self.run.path.name, "step": lineage.step + 1, "tokens": lineage.tokens + tokens}
         self.session.lineage = lineage.model_copy(update={**changes, "train_flops": flops, "tokens_by_domain": by_domain})
 
-    def _row(self, step: int, sums: np.ndarray, lr: float, norm: float, tokens: int, decision: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _row(
+        self, step: int, sums: np.ndarray, lr: float, norm: float, tokens: int, decision: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
         domains = self.corpus.domains
         rate = tokens / seconds
         flops = self.session.model_config.train_flops_per_token(self.config.loader.sequence_length)
@@ -184,6 +188,7 @@ class Trainer:
             "mixture": dict(zip(domains, decision["probabilities"], strict=True)),
             "precision": self.session.recipe.name,
             "layers": self.session.model_config.layers,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
     def _watch_finite(self, step: int, norm: float) -> None:
@@ -208,7 +213,13 @@ class Trainer:
         del self.session  # free the small model before the large one is built
         self.session = Session(self.config, self.corpus, self.mesh, self.device, target)
         after = self.session.model_config
-        self._event("growth", step=step, **operator.describe(), layers=[before.layers, after.layers], parameters=[before.parameters, after.parameters])
+        self._event(
+            "growth",
+            step=step,
+            **operator.describe(),
+            layers=[before.layers, after.layers],
+            parameters=[before.parameters, after.parameters],
+        )
         self._evaluate(step, self.config.evaluation.sequences_per_domain, note="after growth")
 
     def _save(self, step: int) -> None:

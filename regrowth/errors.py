@@ -79,5 +79,5 @@ def need(module: str, purpose: str) -> ModuleType:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A ' Did you mean "x"?' for an unknown name, or the list of what is known when nothing is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}."

@@ -35,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with disk_full_is_a_letter(path):
             yield partial
             fsync_path(partial)
-            os.replace(partial, path)
+            partial.replace(path)
             fsync_path(path.parent)
     finally:
         if partial.is_dir():

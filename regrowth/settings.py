@@ -32,7 +32,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such config. Give a path to a TOML file or the name of a recipe ({', '.join(recipes())}).") from error
+        raise UserError(
+            f"{path}: there is no such config. Give a path to a TOML file or the name of a recipe ({', '.join(recipes())})."
+        ) from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a folder; give the TOML file in it.") from error
     except UnicodeDecodeError as error:
@@ -54,12 +56,16 @@ def recipes() -> list[str]:
 def find_recipe(name: str) -> Path:
     """A config by path, or by the name of a shipped recipe."""
     path = Path(name)
-    if path.exists() or path.suffix == ".toml" and len(path.parts) > 1:
+    if path.exists() or (path.suffix == ".toml" and len(path.parts) > 1):
         return path
     shipped = recipe_folder() / f"{path.stem}.toml"
     if shipped.exists():
         return shipped
     raise UserError(f"{name}: neither a file nor a recipe; {nearest(path.stem, recipes())}")
+
+
+class _Whole(dict[str, Any]):
+    """A table given in one piece (`mixing={policy="static"}`): it replaces what was there, where dotted keys change single values."""
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise UserError(f'override "{override}": {section} was already set to a plain value.')
-        node[leaf] = value
+        node[leaf] = _Whole(value) if isinstance(value, dict) else value
     return tree
 
 
@@ -92,7 +98,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, list):
+        if isinstance(value, _Whole):
+            merged[key] = dict(value)
+        elif isinstance(value, dict) and isinstance(below, list):
             merged[key] = [merge(item, value[str(i)]) if str(i) in value else item for i, item in enumerate(below)]
         elif isinstance(value, dict) and isinstance(below, dict):
             merged[key] = merge(below, value)
@@ -128,7 +136,7 @@ def _letter(model: type[BaseModel], values: Any, fault: ErrorDetails, origin: st
     if fault["type"] == "missing":
         return f'{origin}: the key "{where}" is missing; it has no default.'
     message = fault["msg"].removeprefix("Value error, ")
-    if not where or isinstance(fault["input"], dict) and fault["type"] == "value_error":
+    if not where or (isinstance(fault["input"], dict) and fault["type"] == "value_error"):
         return f"{origin}: {message}"  # a check over several keys, which names them itself
     if fault["type"] == "union_tag_invalid":
         context = fault.get("ctx", {})

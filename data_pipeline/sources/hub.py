@@ -43,6 +43,7 @@ class HubDataset:
 
     def _rows(self) -> Any:
         import datasets
+        from datasets.exceptions import DatasetNotFoundError
 
         c = self.config
         try:
@@ -50,5 +51,7 @@ class HubDataset:
                 loaded = datasets.load_from_disk(c.path)
                 return loaded[c.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             return datasets.load_dataset(c.path, c.name, split=c.split, streaming=not Path(c.path).exists())
-        except (FileNotFoundError, KeyError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise UserError(f"data.sources.path = {c.path} (name {c.name}, split {c.split}): datasets could not load it: {error}") from error
+        except (FileNotFoundError, KeyError, ValueError, ConnectionError, DatasetNotFoundError) as error:
+            raise UserError(
+                f"data.sources.path = {c.path} (name {c.name}, split {c.split}): datasets could not load it: {error}"
+            ) from error

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.document import mark_dropped
 
 

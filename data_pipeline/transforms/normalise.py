@@ -1,8 +1,8 @@
 """Unicode and white space: one spelling for equal text, so that hashes, tokens and bytes agree."""
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.transforms.base import Mapper
 
 # C0 and C1 controls except tab and newline, DEL, byte-order marks, and the noncharacters U+FFFE/U+FFFF. Null bytes are among them.

@@ -6,8 +6,8 @@ over the batch.
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.config import Quality
 from regrowth.data_pipeline.transforms.base import Filter, Verdict
 

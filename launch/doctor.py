@@ -1,0 +1,153 @@
+"""Is this machine ready? Each check says what it found and, where something is wrong, the remedy."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from regrowth.errors import install_command
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. `level` is ok, note (something optional is missing) or fault."""
+
+    check: str
+    level: str
+    found: str
+    remedy: str = ""
+
+
+def doctor(as_json: bool) -> int:
+    """Run all checks, print them; returns 0, or 1 if there is a fault."""
+    findings = [*_interpreter(), *_packages(), *_devices(), *_space(), *_commands(), _name_clash(), _two_processes()]
+    if as_json:
+        print(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        table = Table("check", "", "found", "remedy")
+        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[red]fault[/red]"}
+        for f in findings:
+            table.add_row(escape(f.check), marks[f.level], escape(f.found), escape(f.remedy))
+        Console().print(table)
+    return int(any(f.level == "fault" for f in findings))
+
+
+def _interpreter() -> list[Finding]:
+    good = sys.version_info >= (3, 11)
+    return [Finding("python", "ok" if good else "fault", platform.python_version(), "" if good else "Python 3.11 or newer is needed")]
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    # The packages the project is built around, then those that some commands need.
+    for package, module in (("torch", "torch"), ("datasets", "datasets"), ("pyarrow", "pyarrow"), ("fasttext", "fasttext"), ("mpi4py", "mpi4py"),
+                            ("deepspeed", "deepspeed"), ("megatron-core", "megatron"), ("transformers", "transformers"), ("lm_eval", "lm_eval"),
+                            ("triton", "triton"), ("torchao", "torchao")):  # fmt: skip
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            level = "fault" if install_command(module) == "pip install -e ." else "note"
+            findings.append(Finding(package, level, "not installed", install_command(module)))
+            continue
+        if package == "torch" and not (2, 11) <= tuple(int(x) for x in version.split("+")[0].split(".")[:2]) <= (2, 13):
+            findings.append(Finding("torch", "fault", version, "torch 2.11 to 2.13 is supported"))
+        else:
+            findings.append(Finding(package, "ok", version))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    findings = [Finding("cpu", "ok", f"{cores} cores, {torch.get_num_threads()} torch threads")]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            findings.append(Finding(f"gpu {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}"))
+    else:
+        findings.append(Finding("gpu", "note", "none that torch can use", "runs go to the CPU; for a GPU install a CUDA build of torch"))
+    return findings
+
+
+def _space() -> list[Finding]:
+    findings = []
+    for name, folder in (("disk here", Path.cwd()), ("disk for temporary files", Path(os.environ.get("TMPDIR", "/tmp")))):
+        try:
+            free = shutil.disk_usage(folder).free / 2**30
+        except OSError as error:
+            findings.append(Finding(name, "fault", f"{folder}: {error.strerror}", "set TMPDIR to a folder that exists"))
+            continue
+        writable = os.access(folder, os.W_OK)
+        level = "fault" if not writable else "note" if free < 2 else "ok"
+        remedy = "not writable" if not writable else "the quickstart needs about 1 GiB" if free < 2 else ""
+        findings.append(Finding(name, level, f"{free:.1f} GiB free in {folder}", remedy))
+    return findings
+
+
+def _commands() -> list[Finding]:
+    found = shutil.which("sbatch")
+    slurm = Finding("slurm", "ok" if found else "note", found or "no sbatch", "" if found else "only needed for `regrowth launch slurm`")
+    return [slurm]
+
+
+def _name_clash() -> Finding:
+    """The folders at the top of the repository must not be importable by their bare names, where they could shadow other packages."""
+    here = Path(__file__).resolve().parents[1]
+    if clashes := [n for n in ("kernels", "launch", "parallel", "pretrain", "configs", "data_pipeline") if _found_here(n, here)]:
+        return Finding(
+            "clean names",
+            "note",
+            f"importable here: {', '.join(clashes)}",
+            "run from another folder, or without the repository on PYTHONPATH",
+        )
+    return Finding("clean names", "ok", "only `regrowth` is importable")
+
+
+def _found_here(name: str, here: Path) -> bool:
+    spec = util.find_spec(name)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return any(Path(place).resolve().parent == here for place in places)
+
+
+_PROBE = """
+import os, sys, torch, torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+x = torch.ones(4); dist.all_reduce(x); assert x.sum() == 8
+dist.destroy_process_group()
+"""
+
+
+def _two_processes() -> Finding:
+    """Two processes join with gloo and add a tensor."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        ranks = [
+            subprocess.Popen([sys.executable, "-W", "ignore", "-c", _PROBE, store, str(rank)], stderr=subprocess.PIPE) for rank in (0, 1)
+        ]
+        try:
+            errors = [rank.communicate(timeout=60)[1].decode(errors="replace") for rank in ranks]
+        except subprocess.TimeoutExpired:
+            for rank in ranks:
+                rank.kill()
+            return Finding(
+                "two processes (gloo)",
+                "fault",
+                "no answer within 60 s",
+                "set GLOO_SOCKET_IFNAME to a network interface that works, e.g. lo",
+            )
+    if any(rank.returncode for rank in ranks):
+        last = next((e.strip().splitlines()[-1] for e in errors if e.strip()), "failed")
+        return Finding("two processes (gloo)", "fault", last, "set GLOO_SOCKET_IFNAME to a network interface that works, e.g. lo")
+    return Finding("two processes (gloo)", "ok", "joined and added a tensor")

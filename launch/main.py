@@ -1,0 +1,230 @@
+"""The `regrowth` command. Imports nothing heavy: each command imports what it needs when it runs.
+
+Exit codes: 0 done, 1 the run failed, 2 the user's input, 75 stopped and resumable.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regrowth.errors import RegrowthError
+
+app = typer.Typer(
+    help="Pretraining that throws nothing away: raw documents and a recipe go in, a pretrained model comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Documents to Arrow shards.", no_args_is_help=True)
+launch_app = typer.Typer(help="Start runs on this machine or on a cluster.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, as section.key=value.")]
+Config = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start nothing.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run's folder (its newest whole checkpoint).")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Options of all commands."""
+    if debug:
+        os.environ["REGROWTH_DEBUG"] = "1"
+
+
+@app.command()
+def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Raw documents to an exported model and a report, in minutes."""
+    from regrowth.launch.quickstart import quickstart as go
+
+    go(overrides or [], dry_run)
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(help="A TOML file or the name of a recipe; not with --resume.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train: prepare the data if need be, start the plan's ranks on this machine, watch. Under torchrun or srun: be one of the ranks."""
+    from regrowth.launch.training import train as go
+
+    go(config, overrides or [], resume, dry_run)
+
+
+@app.command()
+def plan(
+    config: Config, overrides: Overrides = None, cluster: Annotated[str, typer.Option(help="A described machine, or a path.")] = "laptop"
+) -> None:
+    """Predict memory per rank and time per step of a config's plan."""
+    from regrowth.launch.show import show_plan
+
+    show_plan(config, overrides or [], cluster)
+
+
+@app.command()
+def grow(
+    checkpoint: Checkpoint,
+    op: Annotated[str, typer.Option(help="The growth operator.")] = "stack",
+    factor: Annotated[int, typer.Option(help="How many copies in depth.", min=2)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Where the grown checkpoint goes; default: beside the source, with -grown.")] = None,
+) -> None:
+    """Grow a checkpoint into a larger model's start."""
+    from regrowth.launch.checkpoints import grow as go
+
+    go(checkpoint, op, factor, out)
+
+
+@app.command()
+def convert(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="The format: hf.")] = "hf",
+) -> None:
+    """Write a checkpoint in another project's format."""
+    from regrowth.launch.checkpoints import convert as go
+
+    go(checkpoint, out, to)
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
+    tokens: Annotated[int, typer.Option(min=1)] = 120,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: int = 0,
+) -> None:
+    """Print a sample of what a checkpoint writes."""
+    from regrowth.launch.checkpoints import generate as go
+
+    go(checkpoint, prompt, tokens, temperature, top_p, seed)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences per domain; default all.", min=1)] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="An lm-eval task (needs the eval extra).")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder of lm-eval task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per lm-eval task.", min=1)] = None,
+) -> None:
+    """Held-out bits per byte by domain; with --task also lm-eval tasks."""
+    from regrowth.launch.checkpoints import evaluate as go
+
+    go(checkpoint, sequences, tasks or [], task_path, limit)
+
+
+@app.command()
+def lineage(checkpoint: Checkpoint) -> None:
+    """Print where a checkpoint comes from."""
+    from regrowth.launch.checkpoints import lineage as go
+
+    go(checkpoint)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write a run's report.html."""
+    from regrowth.launch.training import report as go
+
+    go(run)
+
+
+@app.command()
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check this machine: versions, extras, devices, space, process start; each fault with its remedy."""
+    from regrowth.launch.doctor import doctor as go
+
+    raise typer.Exit(go(json_))
+
+
+@data_app.command("prepare")
+def data_prepare(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Curate, tokenise and shard the documents of a config."""
+    from regrowth.launch.data import prepare as go
+
+    go(config, overrides or [], dry_run)
+
+
+@data_app.command("show")
+def data_show(corpus: Annotated[str, typer.Argument(help="A corpus folder, a config or a recipe.")], overrides: Overrides = None) -> None:
+    """What a corpus holds, what was dropped and why."""
+    from regrowth.launch.data import show as go
+
+    go(corpus, overrides or [])
+
+
+@data_app.command("verify")
+def data_verify(corpus: Annotated[str, typer.Argument(help="A corpus folder, a config or a recipe.")], overrides: Overrides = None) -> None:
+    """Check every shard of a corpus against its sha256."""
+    from regrowth.launch.data import verify as go
+
+    go(corpus, overrides or [])
+
+
+@launch_app.command("local")
+def launch_local(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Start a run's ranks on this machine (what `regrowth train` does)."""
+    from regrowth.launch.training import train as go
+
+    go(config, overrides or [], None, dry_run)
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    minutes: Annotated[int, typer.Option(min=1, help="Time limit.")] = 60,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs to ask for on each node.")] = 0,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
+    ] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
+) -> None:
+    """Submit a run as a Slurm job."""
+    from regrowth.launch.slurm import launch as go
+
+    go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only)
+
+
+def main() -> None:
+    """Run the command line; turn every error into one paragraph and an exit code."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("REGROWTH_DEBUG"))
+    try:
+        app()
+    except RegrowthError as error:
+        if debug:
+            raise
+        sys.exit(_tell(str(error), error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(_tell("Stopped. What was finished is kept; the same command goes on from there.", 75))
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(
+            _tell(
+                f"{type(error).__name__}: {error}\nThis should have been a clearer message; `regrowth --debug ...` shows the traceback.", 1
+            )
+        )
+
+
+def _tell(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    label, style = {75: ("stopped", "bold yellow"), 2: ("error", "bold red")}.get(code, ("failed", "bold red"))
+    Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{label}: ", style), message))
+    return code

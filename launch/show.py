@@ -1,0 +1,86 @@
+"""What would happen: resolved configs, plans and predictions, printed without starting anything."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from regrowth.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from regrowth.pretrain.config import RunConfig
+
+
+def show_dry_run(config: "RunConfig") -> None:
+    """The resolved config, the plan, the predicted memory and the data that would be read."""
+    from regrowth.data_pipeline.curate import list_items
+    from regrowth.data_pipeline.prepare import corpus_folder
+    from regrowth.settings import to_toml
+
+    console = Console()
+    console.print(to_toml(config), markup=False, highlight=False, soft_wrap=True)
+    console.rule("data")
+    for number, item in list_items(config.data):
+        more = f" and {len(item.paths) - 1} more" if len(item.paths) > 1 else ""
+        console.print(
+            f"{config.data.sources[number].kind:<10} {item.size / 1e6:8.2f} MB  {next(iter(item.paths))}{more}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    folder = corpus_folder(config.data)
+    console.print(f"corpus {folder} ({'ready' if (folder / 'corpus.json').exists() else 'to be prepared'})", soft_wrap=True)
+    console.rule("plan")
+    _print_plan(config, "laptop" if config.run.dtype == "float32" else "h100_node", console)
+    tokens = config.run.steps * config.loader.global_batch * config.loader.sequence_length
+    console.print(
+        f"{config.run.steps:,} steps of {config.loader.global_batch} x {config.loader.sequence_length} tokens: {tokens:,} tokens. Nothing was started."
+    )
+
+
+def show_plan(name: str, overrides: list[str], cluster: str) -> None:
+    """The `plan` command."""
+    from regrowth.pretrain.config import load_config
+
+    _print_plan(load_config(name, overrides), cluster, Console())
+
+
+def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
+    from regrowth.parallel.planner import clusters, load_cluster, predict
+    from regrowth.pretrain.growth.grow import build_operator
+
+    known = clusters()
+    if cluster not in known and not Path(cluster).exists():
+        raise UserError(f"--cluster {cluster}: neither a file nor a described machine; {nearest(cluster, known)}")
+    machine = load_cluster(known.get(cluster, Path(cluster)))
+    plan, model = config.parallel, config.model
+    console.print(f"{plan.world_size} ranks: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}, micro-batch {plan.micro_batch} x "
+                  f"{config.loader.sequence_length} tokens, recompute {plan.recompute}; on {machine.name} ({machine.device})", soft_wrap=True)  # fmt: skip
+    shapes = [(0, model), *_grown(config, build_operator)]
+    table = Table("", *(f"step {start}: {shape.layers} layers" for start, shape in shapes))
+    rows: dict[str, list[str]] = {}
+    length = config.loader.sequence_length
+    for _, shape in shapes:
+        p = predict(shape, plan, machine, config.loader.global_batch, length, 4 if config.run.dtype == "float32" else 2)
+        room = f"of {p.capacity_bytes / 2**20:,.0f} MiB" if p.fits else f"does not fit {p.capacity_bytes / 2**20:,.0f} MiB"
+        for name, value in (
+            ("parameters", f"{shape.parameters:,}"),
+            ("without embeddings", f"{shape.non_embedding_parameters:,}"),
+            ("training FLOPs per token", f"{shape.train_flops_per_token(length):,}"),
+            ("states per rank", f"{p.state_bytes / 2**20:,.0f} MiB"),
+            ("activations per rank", f"{p.activation_bytes / 2**20:,.0f} MiB"),
+            ("peak memory per rank", f"{p.memory_bytes / 2**20:,.0f} MiB, {room}"),
+            ("compute per step", f"{p.compute_seconds:.3f} s"),
+            ("communication per step", f"{p.communication_seconds:.3f} s"),
+        ):
+            rows.setdefault(name, []).append(value)
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    console.print(table)
+
+
+def _grown(config: "RunConfig", build_operator):  # type: ignore[no-untyped-def]
+    shape = config.model
+    for event in config.growth:
+        shape = build_operator(event.op, factor=event.factor).grow_config(shape)
+        yield event.at_step, shape

@@ -1,0 +1,94 @@
+"""Runs as Slurm jobs: one readable batch script from a template, submitted with sbatch. All Slurm of the project is here."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from regrowth.errors import RunFailed, UserError
+
+_WARN_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
+
+
+def launch(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
+           setup: list[str], print_only: bool) -> None:  # fmt: skip
+    """The `launch slurm` command."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    script, folder = render(config, overrides, nodes, partition, account, minutes, gpus_per_node, setup)
+    if print_only:
+        console.print(script, end="")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(submit(script))
+
+
+def render(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
+           setup: list[str]) -> tuple[str, Path]:  # fmt: skip
+    """The batch script of a config's plan, and the folder that its logs go to. Every user string is quoted for the shell.
+
+    Raises:
+        UserError: the plan's ranks do not fall evenly on the nodes, or an option holds a line break.
+    """
+    import jinja2
+
+    from regrowth.pretrain.config import load_config
+    from regrowth.settings import find_recipe
+
+    settings = load_config(config, overrides)
+    ranks = settings.parallel.world_size
+    if ranks % nodes:
+        raise UserError(f"--nodes {nodes}: the plan's {ranks} ranks do not fall evenly on them; choose nodes from "
+                        f"{', '.join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)} or change parallel.*")  # fmt: skip
+    for name, value in (
+        ("--partition", partition),
+        ("--account", account),
+        ("run.name", settings.run.name),
+        ("run.folder", str(settings.run.folder)),
+    ):
+        if value and any(c in value for c in "\n\r"):
+            raise UserError(f"{name}: holds a line break; Slurm options are single lines.")
+    logs = (settings.run.folder / "slurm").resolve()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    script = environment.get_template("slurm.sh.jinja").render(
+        name=_option(settings.run.name),
+        nodes=nodes,
+        minutes=minutes,
+        partition=_option(partition) if partition else "",
+        account=_option(account) if account else "",
+        gpus_per_node=gpus_per_node,
+        logs=_option(str(logs)),
+        warn_seconds=min(_WARN_SECONDS, minutes * 30),
+        setup=setup,
+        python=shlex.quote(sys.executable),
+        ranks_per_node=ranks // nodes,
+        arguments=shlex.join(["train", str(find_recipe(config).resolve()), *overrides]),
+    )
+    return script, logs
+
+
+def submit(script: str) -> str:
+    """Hand a script to sbatch; returns what sbatch said.
+
+    Raises:
+        UserError: there is no Slurm here, or it refused the job (its own words are given).
+        RunFailed: the controller does not answer.
+    """
+    if not shutil.which("sbatch"):
+        raise UserError("launch slurm: no sbatch on this machine. Log in to the cluster's login node, or use --print to see the script.")
+    try:
+        done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed("launch slurm: sbatch did not answer within 60 s; the controller may be down. Nothing was submitted.") from error
+    if done.returncode:
+        raise UserError(f"launch slurm: Slurm refused the job: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def _option(value: str) -> str:
+    """A value of an #SBATCH line, quoted where it has to be."""
+    return value if all(c.isalnum() or c in "-_./%=+,@:" for c in value) else '"' + value.replace('"', '\\"') + '"'

@@ -1,0 +1,148 @@
+"""Start, resume and report runs."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from regrowth.errors import UserError
+from regrowth.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from regrowth.pretrain.config import RunConfig
+    from regrowth.pretrain.run_folder import RunFolder
+
+
+def train(config: str | None, overrides: list[str], resume: Path | None, dry_run: bool) -> None:
+    """The `train` command.
+
+    Raises:
+        UserError: both or neither of config and --resume were given, or anything they name is wrong.
+    """
+    from regrowth.pretrain.config import load_config
+    from regrowth.pretrain.run_folder import RunFolder
+
+    if resume is not None:
+        # With --resume the first argument, if any, is an override.
+        overrides = ([config] if config else []) + overrides
+        run = RunFolder.open(resume)
+        settings = run.config(overrides)
+        if overrides:
+            _change_config(run, settings)
+    elif config is None:
+        raise UserError("name a config (regrowth train CONFIG) or a run to go on with (regrowth train --resume RUN).")
+    else:
+        settings, run = load_config(config, overrides), None
+    if dry_run:
+        from regrowth.launch.show import show_dry_run
+
+        show_dry_run(settings)
+        return
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "REGROWTH_LAUNCHER" not in os.environ:
+        _be_one_rank(settings, run)
+        return
+    run_training(settings, Console(), run)
+
+
+def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" = None) -> "RunFolder":
+    """Prepare the data, start the plan's ranks here, watch them to the end. Returns the run's folder."""
+    from regrowth.launch.data import prepare_with_progress
+    from regrowth.launch.local import run_local
+    from regrowth.launch.watch import Watch
+    from regrowth.pretrain.run_folder import RunFolder
+
+    corpus = corpus_of(run) if run else prepare_with_progress(config.data, console).folder
+    if run is None:
+        run = RunFolder.create(config)
+        write_json(run.path / "data.json", {"corpus": str(corpus.resolve())})
+    if run.finished:
+        console.print(f"{run.path}: finished already.")
+        return run
+    console.print(f"[bold]run[/bold] {run.path}", soft_wrap=True)
+    watch = Watch(run.path, config.run.steps, console)
+    try:
+        run_local(run.path, corpus, config.parallel.world_size, watch)
+    finally:
+        watch.close()
+    return run
+
+
+def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
+    """Started by torchrun or srun: rank 0 prepares data and folder, then all train."""
+    from regrowth.data_pipeline.prepare import prepare
+    from regrowth.parallel.agree import on_first_rank
+    from regrowth.parallel.mesh import choose_device, process_group
+    from regrowth.pretrain.run_folder import RunFolder
+    from regrowth.pretrain.train import train as train_rank
+
+    def set_up() -> tuple[Path, Path]:
+        corpus = corpus_of(run) if run else prepare(config.data).folder
+        folder = run or RunFolder.create(config)
+        if run is None:
+            write_json(folder.path / "data.json", {"corpus": str(corpus.resolve())})
+        return folder.path, corpus
+
+    # The data may take hours to prepare on rank 0 while the others wait.
+    with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
+        folder, corpus = on_first_rank(set_up)
+        train_rank(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def corpus_of(run: "RunFolder") -> Path:
+    """The corpus that a run reads.
+
+    Raises:
+        UserError: it is not where it was.
+    """
+    folder = Path(read_json(run.path / "data.json")["corpus"])
+    if not (folder / "corpus.json").exists():
+        raise UserError(
+            f"{run.path}: its corpus {folder} is gone. Prepare it again (regrowth data prepare {run.path}/config.toml) or put it back."
+        )
+    return folder
+
+
+def _change_config(run: "RunFolder", config: "RunConfig") -> None:
+    """Write changed settings into the run, with the change logged."""
+    import time
+
+    from regrowth.files import write_text
+    from regrowth.settings import to_toml
+
+    before = run.config()
+    if before.model != config.model or before.data != config.data:
+        raise UserError(f"{run.path}: model and data are fixed once a run has begun; start a new run for them.")
+    if before == config:
+        return
+    write_text(run.path / "config.toml", to_toml(config))
+    changed = [name for name in type(config).model_fields if getattr(before, name) != getattr(config, name)]
+    run.log("events", {"event": "config changed", "time": time.time(), "sections": ", ".join(changed)})
+
+
+def report(folder: Path) -> None:
+    """The `report` command."""
+    from regrowth.pretrain.run_folder import RunFolder
+
+    Console().print(f"report: {make_report(RunFolder.open(folder))}", soft_wrap=True)
+
+
+def make_report(run: "RunFolder") -> Path:
+    """Write a run's report, with the byte trigram measured if it is not yet."""
+    from regrowth.data_pipeline.corpus import Corpus
+    from regrowth.parallel.planner import clusters, load_cluster, predict
+    from regrowth.pretrain.checkpoint import list_checkpoints, read_state
+    from regrowth.pretrain.report.build import write_baseline, write_report
+
+    try:
+        corpus = Corpus.open(corpus_of(run))
+    except UserError:
+        corpus = None
+    if corpus and not (run.path / "baseline.json").exists():
+        write_baseline(run, corpus)
+    config = run.config()
+    checkpoints = list_checkpoints(run.path)
+    model = read_state(checkpoints[-1]).model if checkpoints else config.model
+    cluster = load_cluster(clusters()["laptop" if config.run.dtype == "float32" else "h100_node"])
+    prediction = predict(model, config.parallel, cluster, config.loader.global_batch, config.loader.sequence_length)
+    return write_report(run, corpus, prediction)
