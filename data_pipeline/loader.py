@@ -21,7 +21,7 @@ from regrowth.errors import UserError
 
 @dataclass
 class Cursor:
-    """Where a domain's reading stands: which epoch, which place in its permutation of blocks, which sequence of that block."""
+    """Where a domain's reading stands: which epoch, which place in its permutation of blocks, which place in that block's of sequences."""
 
     epoch: int = 0
     position: int = 0
@@ -44,7 +44,9 @@ class DomainReader:
         taken = []
         for _ in range(count):
             block = permuted(cursor.position, len(self.blocks), key64(self.seed, "blocks", self.domain, cursor.epoch))
-            taken.append(make_sample_id(self.index, cursor.epoch, block, cursor.offset))
+            # Neighbours in a block are often cut from one long document: the sequences of a block are permuted too.
+            sequence = permuted(cursor.offset, self.counts[block], key64(self.seed, "sequences", self.domain, cursor.epoch, block))
+            taken.append(make_sample_id(self.index, cursor.epoch, block, sequence))
             cursor.offset += 1
             if cursor.offset == self.counts[block]:
                 cursor.offset, cursor.position = 0, cursor.position + 1

@@ -40,6 +40,8 @@ class Chart:
         x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
         y_low, y_high = (0.0, max(tops)) if self.stacked or self.from_zero else (min(tops), max(tops))
         ticks = nice_ticks(y_low, y_high if y_high > y_low else y_low + 1)
+        if self.stacked:  # shares end at one, not at the next round number
+            ticks = [tick for tick in ticks if tick <= y_high + 1e-9]
         y_low, y_high = min(y_low, ticks[0]), max(y_high, ticks[-1])
 
         def at(x: float, y: float) -> str:
