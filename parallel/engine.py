@@ -22,6 +22,10 @@ MicroBatch = dict[str, torch.Tensor]
 LossFunction = Callable[[Callable[..., torch.Tensor], MicroBatch], tuple[torch.Tensor, torch.Tensor]]
 
 
+# torch 2.13 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Engine(Protocol):
     """What the loop talks to."""
 
@@ -113,7 +117,7 @@ class NativeEngine:
         if self.mesh is None:
             return values
         out = values.new_empty(values.shape[0] * self.data_ranks, *values.shape[1:])
-        dist.all_gather_into_tensor(out, values.contiguous())
+        _all_gather(out, values.contiguous())
         return out
 
     def weights(self) -> dict[str, torch.Tensor]:

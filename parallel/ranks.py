@@ -4,8 +4,10 @@ A start with torch costs seconds, a call on a warm pool milliseconds. The functi
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,18 +41,27 @@ class RankPool:
             self._start()
         for _, pipe in self._workers:
             pipe.send((function, args, kwargs))
-        results = []
-        for rank, (process, pipe) in enumerate(self._workers):
-            try:
-                answered = pipe.poll(self.timeout)
-                ok, value = pipe.recv() if answered else (False, f"no answer within {self.timeout} s")
-            except EOFError:
-                process.join(1)
-                ok, value = False, f"the process died with exit code {process.exitcode}"
-            if not ok:
+        results: list[Any] = [None] * self.size
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        until = time.monotonic() + self.timeout
+        while waiting:  # whichever answers first: a rank that failed leaves the others waiting for it
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, until - time.monotonic()))
+            if not ready:
+                late = min(waiting.values())
                 self.close()
-                raise RankError(f"rank {rank} of {self.size}: {value}")
-            results.append(value)
+                raise RankError(f"rank {late} of {self.size}: no answer within {self.timeout} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    ok, results[rank] = pipe.recv()
+                except EOFError:
+                    process = self._workers[rank][0]
+                    process.join(1)
+                    ok, results[rank] = False, f"the process died with exit code {process.exitcode}"
+                if not ok:
+                    self.close()
+                    raise RankError(f"rank {rank} of {self.size}: {results[rank]}")
         return results
 
     def close(self) -> None:

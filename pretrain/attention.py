@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from regrowth.errors import UserError
+
 Mask = Any  # a boolean tensor for sdpa, a BlockMask for flex
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask], torch.Tensor]
 
@@ -41,7 +43,13 @@ ATTENTION: dict[str, Attend] = {"sdpa": sdpa, "flex": flex}
 
 
 def choose_attention(name: str, device: torch.device) -> Attend:
-    """`auto` is flex on GPUs and sdpa elsewhere."""
+    """`auto` is flex on GPUs and sdpa elsewhere.
+
+    Raises:
+        UserError: flex was asked for on a CPU, where torch has no backward pass for it.
+    """
+    if name == "flex" and device.type == "cpu":
+        raise UserError('run.attention = "flex" trains on GPUs only; use "auto" or "sdpa" on a CPU.')
     return ATTENTION["flex" if device.type == "cuda" else "sdpa"] if name == "auto" else ATTENTION[name]
 
 

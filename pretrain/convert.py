@@ -41,8 +41,17 @@ def hf_name(name: str) -> str:
 
 
 def hf_config(config: ModelConfig, sequence_length: int, end_of_text: int | None) -> dict[str, Any]:
-    """The config.json of the exported model."""
+    """The config.json of the exported model.
+
+    Raises:
+        UserError: the shape is one that transformers refuses to build.
+    """
     qwen = config.qk_norm
+    if not qwen and config.width % config.heads:
+        raise UserError(
+            f"model.width = {config.width} is not a multiple of model.heads = {config.heads}: transformers' Llama refuses such a shape "
+            "(its Qwen3, which qk_norm = true exports to, does not)."
+        )
     return {
         "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
         "model_type": "qwen3" if qwen else "llama",

@@ -1,0 +1,192 @@
+"""The model: equal to transformers' own classes on exported weights, blind to other documents, and counted exactly."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.parallel.dtensor import full_tensor
+from regrowth.errors import UserError
+from regrowth.pretrain.attention import choose_attention, flex, sdpa
+from regrowth.pretrain.convert import write_hf
+from regrowth.pretrain.initialise import initialise, weight_std
+from regrowth.pretrain.loss import LanguageModelLoss
+from regrowth.pretrain.model import Transformer
+from regrowth.pretrain.model_config import ModelConfig
+from tests.pretrain.helpers import Ranks
+
+SHAPES = {
+    "plain": ModelConfig(vocabulary=97, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_width=48, qk_norm=False, tied=False),
+    "gqa": ModelConfig(vocabulary=131, width=48, layers=3, heads=6, kv_heads=2, head_dim=16, ffn_width=72, qk_norm=False, tied=False, rope_theta=5e5),
+    "gqa tied": ModelConfig(vocabulary=64, width=48, layers=2, heads=8, kv_heads=1, head_dim=6, ffn_width=96, qk_norm=False, tied=True, norm_eps=1e-5),
+    "qk-norm": ModelConfig(vocabulary=97, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64, qk_norm=True, tied=False),
+    "qk-norm tied": ModelConfig(vocabulary=200, width=64, layers=4, heads=4, kv_heads=2, head_dim=32, ffn_width=128, qk_norm=True, tied=True),
+}
+
+
+def build(config: ModelConfig, seed: int = 0, attend=sdpa) -> Transformer:  # type: ignore[no-untyped-def]
+    with torch.device("meta"):
+        model = Transformer(config, attend)
+    model.to_empty(device="cpu")
+    initialise(model, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # gains that are not one, so that a norm left out would show
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+            else:
+                p.mul_(3.0)
+    return model.eval()
+
+
+def inputs(config: ModelConfig, time: int = 24, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, config.vocabulary, (batch, time), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.arange(time).expand(batch, time), torch.zeros(batch, time, dtype=torch.long)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers_own_classes(shape: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = SHAPES[shape]
+    model = build(config)
+    write_hf(tmp_path, config, {n: p.detach() for n, p in model.named_parameters()}, None, 64)
+    theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    tokens, positions, documents = inputs(config)
+    with torch.no_grad():
+        expected, got = theirs.eval()(tokens).logits, model(tokens, positions, documents)
+    assert expected.std() > 0.25
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_a_document_sees_nothing_of_its_neighbours() -> None:
+    """Packed documents give the logits that each gives alone."""
+    config = SHAPES["gqa"]
+    model = build(config)
+    parts = [torch.randint(0, config.vocabulary, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 1, 12)]
+    tokens = torch.cat(parts)[None]
+    positions = torch.cat([torch.arange(len(p)) for p in parts])[None]
+    documents = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])[None]
+    with torch.no_grad():
+        packed = model(tokens, positions, documents)[0].split([len(p) for p in parts])
+        alone = [model(p[None], torch.arange(len(p))[None], torch.zeros(1, len(p), dtype=torch.long))[0] for p in parts]
+    for a, b in itertools.zip_longest(packed, alone):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_sees_nothing_of_its_future() -> None:
+    config = SHAPES["qk-norm"]
+    model = build(config)
+    tokens, positions, documents = inputs(config)
+    changed = tokens.clone()
+    changed[:, 15:] = (changed[:, 15:] + 1) % config.vocabulary
+    with torch.no_grad():
+        a, b = model(tokens, positions, documents), model(changed, positions, documents)
+    assert torch.equal(a[:, :15], b[:, :15]) and not torch.allclose(a[:, 15:], b[:, 15:])
+
+
+def test_flex_attention_computes_what_sdpa_computes() -> None:
+    config = SHAPES["gqa"].model_copy(update={"head_dim": 16, "heads": 4, "kv_heads": 2})
+    tokens, positions, documents = inputs(config, time=128, batch=1)
+    documents = torch.where(torch.arange(128) < 70, 0, 1)[None]
+    positions = torch.where(torch.arange(128) < 70, torch.arange(128), torch.arange(128) - 70)[None]
+    with torch.no_grad():  # on the CPU it has no backward pass
+        got, expected = (build(config, attend=attend)(tokens, positions, documents) for attend in (flex, sdpa))
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+    with pytest.raises(UserError, match='run.attention = "flex" trains on GPUs only'):
+        choose_attention("flex", torch.device("cpu"))
+
+
+def spelled_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention as two plain products, which the counter sees."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_and_flops_are_counted_exactly(shape: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = SHAPES[shape]
+    model = build(config, attend=spelled_out)
+    assert sum(p.numel() for p in model.parameters()) == config.parameters
+    head = config.vocabulary * config.width
+    assert config.parameters - config.non_embedding_parameters == (head if config.tied else 2 * head)
+    tokens, positions, documents = inputs(config, time=32)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, positions, documents).sum().backward()
+    assert counter.get_total_flops() == config.train_flops_per_token(32) * tokens.numel()
+
+
+def test_flops_agree_with_the_published_formula() -> None:
+    """72 B s l h^2 (1 + s/6h + V/12lh) of Narayanan et al. holds for an FFN of 8/3 h with three matrices, which has the size of theirs."""
+    h, layers, s, v = 768, 12, 1024, 32000
+    config = ModelConfig(vocabulary=v, width=h, layers=layers, heads=12, kv_heads=12, head_dim=64, ffn_width=8 * h // 3)
+    published = 72 * s * layers * h**2 * (1 + s / (6 * h) + v / (12 * layers * h))
+    assert config.train_flops_per_token(s) * s == pytest.approx(published, rel=1e-6)
+
+
+def test_initial_weights_have_their_standard_deviation_and_depend_on_name_and_seed() -> None:
+    config = ModelConfig(vocabulary=512, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffn_width=512, tied=False)
+    with torch.device("meta"):
+        model = Transformer(config, sdpa)
+    model.to_empty(device="cpu")
+    initialise(model, config, seed=1)
+    first = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for name, p in first.items():
+        std = weight_std(name, config)
+        assert (p == 1).all() if std is None else abs(p.std().item() / std - 1) < 0.03
+    assert first["layers.0.attn.wo.weight"].std() < 0.6 * first["layers.0.attn.wq.weight"].std()
+    assert not torch.equal(first["layers.0.ffn.w_up.weight"], first["layers.1.ffn.w_up.weight"])
+    initialise(model, config, seed=2)
+    assert not torch.equal(first["embed.weight"], model.embed.weight)
+
+
+def sharded_weights(values: dict) -> dict[str, torch.Tensor]:
+    """Initial weights of a model sharded over the pool's ranks, gathered."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from regrowth.parallel.data_parallel import shard
+    from regrowth.parallel.plan import ParallelPlan
+
+    config = ModelConfig.model_validate(values)
+    with torch.device("meta"):
+        model = Transformer(config, sdpa)
+    import torch.distributed as dist
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp_replicate", "dp_shard"))
+    shard(model, model.blocks(), mesh, ParallelPlan(dp_shard=world))
+    model.to_empty(device="cpu")
+    initialise(model, config, seed=4)
+    return {name: full_tensor(p.detach()) for name, p in model.named_parameters()}
+
+
+def test_every_split_starts_from_the_same_bits(ranks: Ranks) -> None:
+    config = SHAPES["qk-norm"]  # 97 vocabulary rows do not divide evenly
+    with torch.device("meta"):
+        model = Transformer(config, sdpa)
+    model.to_empty(device="cpu")
+    initialise(model, config, seed=4)
+    for size in (2, 4):
+        for gathered in ranks(size).run(sharded_weights, config.model_dump()):
+            assert all(torch.equal(gathered[name], p) for name, p in model.named_parameters())
+
+
+def test_z_loss_is_the_squared_log_partition_and_is_not_reported(corpus: Corpus) -> None:
+    config = SHAPES["plain"]
+    model = build(config)
+    tokens, positions, documents = inputs(config)
+    weight = torch.ones(tokens.shape)
+    weight[0, 5:] = 0
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "positions": positions, "doc_ids": documents, "loss_weight": weight}
+    plain, report = LanguageModelLoss()(model, batch)
+    with_z, same_report = LanguageModelLoss(z_loss=0.1)(model, batch)
+    log_z = torch.logsumexp(model(tokens, positions, documents), dim=-1)
+    torch.testing.assert_close(with_z - plain, 0.1 * (log_z**2 * weight).sum())
+    assert torch.equal(report, same_report)
+    assert report[0, 1] == 5 and report[:, 0].sum().item() == pytest.approx(plain.item(), rel=1e-6)
