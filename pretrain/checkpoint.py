@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -97,8 +98,7 @@ def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
     _dump(partial / "loader.json", state.loader)
     _dump(partial / "trainer.json", state.trainer)
     sums = {str(f.relative_to(partial)): _entry(f) for f in sorted(partial.rglob("*")) if f.is_file()}
-    content = {name: entry["sha256"] for name, entry in sums.items() if name.startswith(("model/", "optimizer/", "model.json"))}
-    identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    identity = content_id(partial)
     _dump(partial / "lineage.json", state.lineage.model_dump())
     sums["lineage.json"] = _entry(partial / "lineage.json")
     manifest = {"format": FORMAT, "id": identity, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": sums}
@@ -110,6 +110,22 @@ def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
     partial.replace(path)
     fsync_path(path.parent)
     return identity
+
+
+def content_id(path: Path) -> str:
+    """sha256 over the model's config and every stored tensor part (name, place, bytes), whatever the order they lie in on disk."""
+    parts = [["model.json", sha256_of(path / "model.json")]]
+    for folder in ("model", "optimizer"):
+        for file in (path / folder).glob("*.safetensors"):
+            data = np.memmap(file, dtype=np.uint8, mode="r")
+            length = int.from_bytes(data[:8].tobytes(), "little")
+            header = json.loads(data[8 : 8 + length].tobytes())
+            places = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+            for name, entry in header.items():
+                start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                digest = hashlib.sha256(data[start:stop].data).hexdigest()
+                parts.append([folder, name, entry["dtype"], entry["shape"], places.get(name), digest])
+    return hashlib.sha256("\n".join(sorted(json.dumps(part, sort_keys=True) for part in parts)).encode()).hexdigest()
 
 
 def _dump(path: Path, value: Any) -> None:

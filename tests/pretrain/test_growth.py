@@ -1,0 +1,109 @@
+"""Growth: the target's every tensor comes from where the operator says, and a run goes on from it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.errors import UserError
+from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
+from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
+from regrowth.pretrain.growth.operator import TensorName
+from regrowth.pretrain.growth.stack import Stack
+from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.run_folder import RunFolder
+from tests.pretrain.helpers import Ranks, go, losses, new_run
+
+GROWING = {"growth": [{"at_step": 6, "op": "stack", "factor": 2}], "run": {"steps": 12}, "checkpoint": {"every": 4, "keep": 10}}
+
+
+@pytest.fixture(scope="module")
+def grown(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> RunFolder:
+    """A run that was grown before step 6, on two sharded ranks."""
+    return go(new_run(corpus, tmp_path_factory.mktemp("runs"), parallel={"dp_shard": 2, "micro_batch": 2}, **GROWING), corpus, ranks)
+
+
+def test_stacking_six_layers_to_twenty_four_repeats_them_in_order() -> None:
+    config, stack = ModelConfig(layers=6), Stack(factor=4)
+    assert stack.grow_config(config).layers == 24
+    sources = [stack.source(TensorName(i, "attn.wq.weight"), config).name.layer for i in range(24)]
+    assert sources == [0, 1, 2, 3, 4, 5] * 4
+    for name in ("embed.weight", "norm.weight", "head.weight"):
+        assert str(stack.source(TensorName.parse(name), config).name) == name
+    assert str(TensorName.parse("layers.11.ffn.w_up.weight").at_layer(3)) == "layers.3.ffn.w_up.weight"
+
+
+def test_weights_and_moments_are_stacked_bit_for_bit(grown: RunFolder) -> None:
+    small, weights, moments = load_plain(grown.path / "checkpoints/step-000006")
+    large, new_weights, new_moments = load_plain(grown.path / "checkpoints/step-000006-grown")
+    assert (small.model.layers, large.model.layers) == (2, 4)
+    assert sum(t.numel() for t in new_weights.values()) == large.model.parameters
+    for name, tensor in new_weights.items():
+        source = name
+        if name.startswith("layers."):
+            _, layer, rest = name.split(".", 2)
+            source = f"layers.{int(layer) % 2}.{rest}"
+        assert torch.equal(tensor, weights[source])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(new_moments[f"{name}.{moment}"], moments[f"{source}.{moment}"])
+    assert large.loader == small.loader and large.trainer == small.trainer
+
+
+def test_growth_is_in_the_log_the_lineage_and_the_schedule(grown: RunFolder) -> None:
+    (event,) = [e for e in grown.rows("events") if e["event"] == "growth"]
+    assert event["step"] == 6 and event["op"] == "stack" and event["layers"] == [2, 4]
+    rows = grown.rows("metrics")
+    assert [row["layers"] for row in rows] == [2] * 6 + [4] * 6
+    assert rows[6]["lr"] == pytest.approx(rows[5]["lr"] / 2) and rows[7]["lr"] == pytest.approx(rows[5]["lr"]), "re-warmed over 2 steps"
+    state, _, _ = load_plain(list_checkpoints(grown.path)[-1])
+    (parent,) = state.lineage.parents
+    assert parent.id == verify(grown.path / "checkpoints/step-000006")["id"]
+    assert parent.operator == {"op": "stack", "factor": 2, "from_layers": 2, "to_layers": 4}
+    assert "grown from by stack" in "\n".join(state.lineage.lines())
+    small, large = (c.train_flops_per_token(64) for c in (state.model.model_copy(update={"layers": 2}), state.model))
+    tokens = [row["tokens"] for row in rows]
+    assert state.lineage.train_flops == pytest.approx(sum(tokens[:6]) * small + sum(tokens[6:]) * large)
+
+
+def test_the_grown_run_learns_on(grown: RunFolder) -> None:
+    assert losses(grown)[-1] < losses(grown)[5]
+
+
+@pytest.mark.parametrize("left", ["step-000004", "step-000006", "step-000006-grown", "step-000008"])
+def test_a_run_killed_anywhere_around_its_growth_goes_on_bit_for_bit(left: str, grown: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    run = RunFolder(Path(shutil.copytree(grown.path, tmp_path / "run")))
+    names = [p.name for p in list_checkpoints(run.path)]
+    for name in names[names.index(left) + 1 :]:
+        shutil.rmtree(run.path / "checkpoints" / name)
+    events = [e for e in run.rows("events") if e["event"] != "finished"]
+    (run.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    go(run, corpus, ranks)
+    assert losses(run) == losses(grown)
+    assert verify(list_checkpoints(run.path)[-1])["id"] == verify(list_checkpoints(grown.path)[-1])["id"]
+
+
+def test_a_damaged_grown_checkpoint_is_grown_again(grown: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    run = RunFolder(Path(shutil.copytree(grown.path, tmp_path / "run")))
+    for name in ("step-000008", "step-000012"):
+        shutil.rmtree(run.path / "checkpoints" / name)
+    (run.path / "checkpoints/step-000006-grown/model.json").write_text("{}")
+    events = [e for e in run.rows("events") if e["event"] != "finished"]
+    (run.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    go(run, corpus, ranks)
+    assert losses(run) == losses(grown)
+    assert any(e["event"] == "checkpoint refused" and "step-000006-grown" in e["reason"] for e in run.rows("events"))
+
+
+def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp_path: Path) -> None:
+    grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", Stack(2))
+    assert verify(tmp_path / "out")["id"] == verify(grown.path / "checkpoints/step-000006-grown")["id"]
+    with pytest.raises(UserError, match="growing never overwrites"):
+        grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", Stack(2))
+
+
+def test_an_unknown_operator_is_named() -> None:
+    with pytest.raises(UserError, match='"stak": no such operator; did you mean "stack"?'):
+        build_operator("stak")
