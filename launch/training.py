@@ -60,12 +60,24 @@ def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" 
         console.print(f"{run.path}: finished already.")
         return run
     console.print(f"[bold]run[/bold] {run.path}", soft_wrap=True)
+    _note_spare_vocabulary(config, corpus, console)
     watch = Watch(run.path, config.run.steps, console)
     try:
         run_local(run.path, corpus, config.parallel.world_size, watch)
     finally:
         watch.close()
     return run
+
+
+def _note_spare_vocabulary(config: "RunConfig", corpus: Path, console: Console) -> None:
+    tokenizer = read_json(corpus / "corpus.json")["tokenizer"]["vocabulary"]
+    if config.model.vocabulary > tokenizer:
+        console.print(
+            f"note: model.vocabulary = {config.model.vocabulary}, the tokenizer has {tokenizer} ids: the other rows are never trained and never "
+            f"sampled. Set model.vocabulary={tokenizer} to leave them out.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:

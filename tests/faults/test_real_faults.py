@@ -1,0 +1,143 @@
+"""Real processes that are really killed: each fault gives one clear message, and nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.helpers import one_letter, only_run, regrowth, start, steps_done, wait_for, write_config
+from tests.pretrain.helpers import losses
+
+TWO = {"parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 5, "keep": 3}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder / "c.toml", documents, folder, run={"steps": 60}, **TWO)
+    assert regrowth("train", config).returncode == 0
+    return losses(only_run(folder))
+
+
+def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
+    """rank -> pid of the launcher's workers."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == launcher.pid:
+                environment = dict(e.split("=", 1) for e in (entry / "environ").read_text().split("\0") if "=" in e)
+                found[int(environment["RANK"])] = int(entry.name)
+        except (OSError, KeyError, ValueError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(rank: int, undisturbed: list[float], documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 12, launcher)
+    os.kill(workers(launcher)[rank], signal.SIGKILL)
+    output = launcher.communicate(timeout=60)[0]
+    letter = one_letter(output)
+    assert launcher.returncode == 1 and f"rank {rank} was killed" in letter and "regrowth train --resume" in letter
+    run = only_run(tmp_path)
+    done = regrowth("train", "--resume", run.path)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == undisturbed
+    assert any(e["event"] == "resumed" and e["step"] >= 10 for e in run.rows("events"))
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_says_how(undisturbed: list[float], documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 7, launcher)
+    launcher.send_signal(signal.SIGINT)
+    output = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 75
+    run = only_run(tmp_path)
+    assert f"regrowth train --resume {run.path}" in one_letter(output)
+    stopped = next(e["step"] for e in run.rows("events") if e["event"] == "stopped")
+    assert len(losses(run)) == stopped, "the step it was in was finished and kept"
+    assert regrowth("train", "--resume", run.path).returncode == 0
+    assert losses(run) == undisturbed
+
+
+def test_a_killed_launcher_leaves_no_ranks_behind(documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 3, launcher)
+    pids = list(workers(launcher).values())
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(_alive(pid) for pid in pids), seconds=30)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_full_disk_during_a_checkpoint_is_told_and_the_last_one_stands(documents: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 40, "folder": str(disk / "runs")}, **TWO)
+        launcher = start("train", config)
+        wait_for(lambda: list(disk.glob("runs/*/checkpoints/step-*")), launcher)
+        (run,) = disk.glob("runs/*_*")
+        with (disk / "ballast").open("wb") as ballast:  # whatever else fills a disk
+            ballast.write(b"x" * max(0, shutil.disk_usage(disk).free - 150_000))
+        output = launcher.communicate(timeout=90)[0]
+        letter = one_letter(output)
+        assert launcher.returncode == 1 and "the disk is full" in letter and "MiB free" in letter, output
+        assert list(run.glob("checkpoints/step-*")), "the last whole checkpoint stands"
+        assert not list(run.glob("checkpoints/.*"))
+        (disk / "ballast").unlink()
+        done = regrowth("train", "--resume", run, "checkpoint.keep=1")
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_half_written_shard_is_refused_by_name(documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path)
+    assert regrowth("data", "prepare", config).returncode == 0
+    shard = next((tmp_path / "prepared").glob("*/train/prose/00000.arrow"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    done = regrowth("train", config)
+    letter = one_letter(done.stdout + done.stderr)
+    assert done.returncode == 2 and "train/prose/00000.arrow: damaged, 1,000 bytes" in letter
+
+
+def test_a_model_smaller_than_its_tokenizer_is_refused_and_a_larger_one_is_noted(documents: Path, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 2})
+    given = json.dumps(str(corpus.folder / "tokenizer"))
+    done = regrowth("train", config, f"data.tokenizer.path={given}", "model.vocabulary=300")
+    assert done.returncode == 2 and "model.vocabulary = 300 is smaller than the tokenizer's 384 ids" in one_letter(done.stdout + done.stderr)
+    done = regrowth("train", config, "model.vocabulary=512", "data.tokenizer.vocabulary=300")
+    assert done.returncode == 0 and "model.vocabulary = 512, the tokenizer has 300 ids" in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_under_torchrun_the_command_is_one_of_the_ranks(ranks: int, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 3}, **TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "regrowth", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ranks == 2:
+        assert done.returncode == 0, done.stderr
+        assert only_run(tmp_path).finished
+    else:
+        assert done.returncode != 0
+        assert "the plan needs 2 processes (dp_replicate = 1 x dp_shard = 2), 3 were started" in done.stderr

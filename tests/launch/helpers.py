@@ -1,0 +1,63 @@
+"""The command line in a process of its own, as users run it."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.run_folder import RunFolder
+from regrowth.settings import to_toml
+from tests.conftest import small_run_values
+
+
+def write_config(path: Path, documents: Path, folder: Path, **sections: Any) -> Path:
+    """A small run's config as a file; data and runs go below `folder`."""
+    values = small_run_values(documents, folder / "prepared", folder / "runs", **sections)
+    path.write_text(to_toml(RunConfig.model_validate(values)))
+    return path
+
+
+def regrowth(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command and wait."""
+    return subprocess.run([sys.executable, "-m", "regrowth", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options)
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """Start the command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "regrowth", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def only_run(folder: Path) -> RunFolder:
+    """The one run below `folder`."""
+    (path,) = (folder / "runs").glob("*_*/")
+    return RunFolder(path)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 90.0) -> None:
+    """Wait until something is true, or fail loudly."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} too early: {process.stdout.read() if process.stdout else ''}")
+        if time.monotonic() > until:
+            raise AssertionError("it did not happen in time")
+        time.sleep(0.02)
+
+
+def steps_done(folder: Path) -> int:
+    """Steps in the log of the run below `folder`, 0 before it exists."""
+    runs = list((folder / "runs").glob("*_*/metrics.jsonl"))
+    return sum(1 for _ in runs[0].open()) if runs else 0
+
+
+def one_letter(output: str) -> str:
+    """The output holds exactly one message of ours and no traceback; returns it."""
+    assert "Traceback" not in output, output
+    letters = [line for line in output.splitlines() if line.startswith(("error: ", "failed: ", "stopped: "))]
+    assert len(letters) == 1, output
+    return letters[0]

@@ -1,0 +1,131 @@
+"""The command line: quick to answer, one clear message for each fault, exit codes that schedulers can use."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from regrowth.launch.main import main
+from tests.launch.helpers import one_letter, only_run, regrowth, write_config
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int, str]:
+    """(exit code, output) of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["regrowth", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    import subprocess
+
+    code = "import sys; sys.argv = ['regrowth', '--help']\nfrom regrowth.launch.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'pyarrow', 'numpy', 'pydantic', 'datasets', 'transformers', 'tokenizers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    for command in ("quickstart", "data", "train", "grow", "convert", "generate", "report", "plan", "launch", "doctor", "evaluate", "lineage"):
+        assert f"  {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "quickstart", "optimizer.rl=3"], 'unknown key "optimizer.rl"'),
+        (["train", "nowhere.toml"], "neither a file nor a recipe"),
+        (["train"], "name a config"),
+        (["train", "--resume", "/nonexistent"], "not a run's folder"),
+        (["data", "show", "/nonexistent.toml"], "there is no such config"),
+        (["data", "prepare", "quickstart", "data.sources=[{kind='jsonl', path='/none'}]"], "there is no such file or folder"),
+        (["convert", "/nonexistent", "out"], "there is no such checkpoint folder"),
+        (["convert", "/nonexistent", "out", "--to", "gguf"], 'writes "hf"'),
+        (["grow", "/nonexistent"], "there is no such checkpoint folder"),
+        (["grow", "/nonexistent", "--op", "stak"], "there is no such checkpoint folder"),
+        (["report", "/nonexistent"], "not a run's folder"),
+        (["plan", "quickstart", "--cluster", "lapto"], 'did you mean "laptop"?'),
+        (["generate", "/nonexistent"], "there is no such checkpoint folder"),
+        (["launch", "slurm", "quickstart", "--nodes", "3"], "do not fall evenly"),
+    ],
+)
+def test_the_users_faults_exit_with_two_and_one_paragraph(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, output = call(capsys, monkeypatch, *arguments)
+    assert code == 2 and told in one_letter(output)
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = regrowth("--debug", "train", "nowhere.toml")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_dry_run_shows_everything_and_starts_nothing(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, growth=[{"at_step": 4}])
+    code, output = call(capsys, monkeypatch, "train", config, "--dry-run", "optimizer.lr=0.004")
+    assert code == 0
+    for shown in ("lr = 0.004", "prose.jsonl", "to be prepared", "step 4: 4 layers", "peak memory per rank", "Nothing was started"):
+        assert shown in output
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "prepared").exists()
+
+
+def test_the_whole_way_on_the_command_line(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """prepare, train on two ranks with growth, then every command on the result."""
+    sections = {"run": {"steps": 8}, "growth": [{"at_step": 4}], "parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 4, "keep": 5}}
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, mixing={"policy": "odm", "warmup_steps": 2}, **sections)
+    code, output = call(capsys, monkeypatch, "data", "prepare", config)
+    assert code == 0 and "funnel" in output and "programs" in output
+    code, output = call(capsys, monkeypatch, "train", config)
+    assert code == 0 and "grown (stack): 2 -> 4 layers" in output and "held-out bits per byte" in output
+    run = only_run(tmp_path)
+    assert run.finished and len(run.rows("metrics")) == 8
+    code, output = call(capsys, monkeypatch, "data", "verify", config)
+    assert code == 0 and "all whole" in output
+    code, output = call(capsys, monkeypatch, "evaluate", run.path)
+    assert code == 0 and "bits per byte" in output
+    code, output = call(capsys, monkeypatch, "lineage", run.path)
+    assert code == 0 and "grown from by stack" in output and "tokens of prose" in output
+    code, output = call(capsys, monkeypatch, "generate", run.path, "--prompt", "The", "--tokens", "5", "--temperature", "0")
+    assert code == 0 and output.startswith("The")
+    code, output = call(capsys, monkeypatch, "convert", run.path, tmp_path / "hf")
+    assert code == 0 and (tmp_path / "hf/model.safetensors").exists() and (tmp_path / "hf/tokenizer.json").exists()
+    code, output = call(capsys, monkeypatch, "convert", run.path, tmp_path / "hf")
+    assert code == 2 and "an export never overwrites" in one_letter(output)
+    code, output = call(capsys, monkeypatch, "grow", run.path, "--factor", "3", "--out", tmp_path / "grown")
+    assert code == 0 and "12 layers" in output
+    code, output = call(capsys, monkeypatch, "report", run.path)
+    html = (run.path / "report.html").read_text()
+    assert code == 0 and html.count("<svg") == 6
+    for shown in ("stack: 2 → 4 layers", "byte trigram", "grown from by stack", "seconds per step", "held-out bits per byte"):
+        assert shown in html
+    assert "http://" not in html and "https://" not in html, "self-contained"
+    code, output = call(capsys, monkeypatch, "train", "--resume", run.path)
+    assert code == 0 and "finished already" in output
+
+
+def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
+    from regrowth.errors import UserError, need
+
+    for package, extra in (("deepspeed", "deepspeed"), ("megatron.core", "megatron"), ("lm_eval", "eval")):
+        try:
+            need(package, "this")
+        except UserError as error:
+            assert f"pip install -e '.[{extra}]'" in str(error)
+    with pytest.raises(UserError, match="needs the package not_a_package. Install it with: pip install not_a_package"):
+        need("not_a_package", "this")
+
+
+def test_the_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = call(capsys, monkeypatch, "doctor", "--json")
+    findings = {f["check"]: f for f in json.loads(output)}
+    assert code == 0, [f for f in findings.values() if f["level"] == "fault"]
+    assert findings["two processes (gloo)"]["level"] == "ok"
+    for package in ("torch", "datasets", "pyarrow", "fasttext", "mpi4py", "deepspeed", "megatron-core"):
+        assert findings[package]["level"] == "ok" or findings[package]["remedy"].startswith("pip install -e ")

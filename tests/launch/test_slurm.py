@@ -1,0 +1,84 @@
+"""Slurm: the script is right on paper for every name, and runs on a real (virtual) cluster where there is one."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regrowth.errors import UserError
+from regrowth.launch.slurm import render, submit
+from tests.launch.helpers import only_run, write_config
+
+CLUSTER = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")).parent / "tools" / "slurm_cluster.sh"
+
+
+def script(config: str = "quickstart", overrides: list[str] | None = None, **options) -> str:  # type: ignore[no-untyped-def]
+    defaults = {"nodes": 1, "partition": None, "account": None, "minutes": 30, "gpus_per_node": 0, "setup": []}
+    return render(config, overrides or [], **{**defaults, **options})[0]
+
+
+def test_the_script_says_what_was_asked_for() -> None:
+    text = script(nodes=2, partition="gpu", account="lab", gpus_per_node=1, setup=["module load cuda"])
+    for line in ("#SBATCH --nodes=2", "#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --gpus-per-node=1", "#SBATCH --time=30", "module load cuda"):
+        assert line in text.splitlines()
+    assert "--nnodes=2 --nproc-per-node=1" in text
+    assert "--partition" not in script()
+
+
+def test_user_strings_reach_the_command_as_they_are(tmp_path: Path) -> None:
+    nasty = "run.name=it's \"$(touch pwned)\" & more"
+    text = script(overrides=[nasty])
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    command = text[text.index("-m regrowth") :]
+    assert shlex.split(command)[2:] == ["train", str((Path(__file__).parents[2] / "configs/quickstart.toml").resolve()), nasty]
+
+
+def test_a_line_break_in_an_option_is_refused() -> None:
+    with pytest.raises(UserError, match="--partition: holds a line break"):
+        script(partition="x\n#SBATCH --uid=0")
+
+
+def test_without_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        submit("#!/bin/bash\n")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    if not CLUSTER.exists() or not all(shutil.which(c) for c in ("slurmctld", "slurmd", "munged", "sbatch")) or os.geteuid() != 0:
+        pytest.skip(f"a real Slurm needs slurmctld, slurmd and munge, root, and {CLUSTER}")
+    folder = Path(f"/tmp/slurm-test-{os.getpid()}")
+    monkeypatch.setenv("SLURM_CI_DIR", str(folder))
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    monkeypatch.setenv("PORT", "17900")
+    subprocess.run(["bash", str(CLUSTER), "up"], check=True, timeout=60)
+    yield folder
+    subprocess.run(["bash", str(CLUSTER), "down"], timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_run_on_two_nodes_of_a_real_slurm(cluster: Path, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, parallel={"dp_shard": 2, "micro_batch": 2})
+    # The virtual nodes share this host: ranks meet on loopback.
+    setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
+    text, logs = render(str(config), [], nodes=2, partition="ci", account=None, minutes=5, gpus_per_node=0, setup=setup)
+    logs.mkdir(parents=True, exist_ok=True)
+    assert "Submitted batch job" in submit(text)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and subprocess.run(["squeue", "-h"], capture_output=True, text=True, timeout=20).stdout.strip():
+        time.sleep(0.5)
+    told = "\n".join(p.read_text() for p in logs.glob("*.log"))
+    assert list((tmp_path / "runs").glob("*_*/metrics.jsonl")), told
+    run = only_run(tmp_path)
+    assert run.finished and len(run.rows("metrics")) == 4, told
+
+
+def test_what_slurm_refuses_is_told_in_its_own_words(cluster: Path) -> None:
+    with pytest.raises(UserError, match=r"Slurm refused the job: .*partition"):
+        submit(script(partition="nowhere"))
