@@ -29,21 +29,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last dim."""
-        return functional.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotary_table(positions_BT: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [B, 1, T, d] of rotate-half RoPE at explicit positions (Su et al. 2021)."""
+    """cos and signed sin [B, T, 1, d] of rotate-half RoPE at explicit positions (Su et al. 2021); the first half of sin is negated."""
     exponents = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32) / head_dim
-    angles_BTd = positions_BT.float()[..., None] * (1.0 / theta**exponents)
-    angles_B1Td = torch.cat((angles_BTd, angles_BTd), dim=-1)[:, None]
-    return angles_B1Td.cos(), angles_B1Td.sin()
+    angles_BT1d = (positions_BT.float()[..., None] * (1.0 / theta**exponents))[:, :, None]
+    cos, sin = angles_BT1d.cos(), angles_BT1d.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x_BHTd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotate-half RoPE."""
-    first, second = x_BHTd.chunk(2, dim=-1)
-    return (x_BHTd * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BHTd.dtype)
+def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotate-half RoPE; rolling by half swaps the halves in one pass."""
+    return (x_BTHd * cos + x_BTHd.roll(x_BTHd.shape[-1] // 2, dims=-1) * sin).to(x_BTHd.dtype)
 
 
 class Attention(nn.Module):
@@ -63,13 +62,11 @@ class Attention(nn.Module):
     def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask, attend: Attend) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
         batch, time, _ = x_BTD.shape
-        q_BTHd = self.wq(x_BTD).view(batch, time, -1, self.head_dim)
-        k_BTHd = self.wk(x_BTD).view(batch, time, -1, self.head_dim)
-        v_BHTd = self.wv(x_BTD).view(batch, time, -1, self.head_dim).transpose(1, 2)
+        q_BTHd, k_BTHd, v_BTHd = (w(x_BTD).view(batch, time, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTHd = self.q_norm(q_BTHd), self.k_norm(k_BTHd)
-        q_BHTd, k_BHTd = rotate(q_BTHd.transpose(1, 2), cos, sin), rotate(k_BTHd.transpose(1, 2), cos, sin)
-        out_BHTd = attend(q_BHTd, k_BHTd, v_BHTd, mask)
+        q_BTHd, k_BTHd = rotate(q_BTHd, cos, sin), rotate(k_BTHd, cos, sin)
+        out_BHTd = attend(q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHd.transpose(1, 2), mask)
         return self.wo(out_BHTd.transpose(1, 2).reshape(batch, time, -1))
 
 

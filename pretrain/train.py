@@ -28,7 +28,7 @@ from regrowth.pretrain.loss import LanguageModelLoss, to_tensors
 from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.schedule import lr_factor
-from regrowth.pretrain.session import Session, set_threads
+from regrowth.pretrain.session import Session, prepare_process
 
 
 class StopRequest:
@@ -56,7 +56,7 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
     run = RunFolder.open(folder)
     config = run.config()
     stop = StopRequest()
-    set_threads(config, ranks_here)
+    prepare_process(config, ranks_here)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)
     with process_group(device) as (rank, world_size):

@@ -1,0 +1,180 @@
+"""Tokens per second of one training step: ours beside a plain Hugging Face loop and a nanoGPT-style loop of equal size, in one run.
+
+All in fp32 with AdamW and clipping, with the same threads and batch shape, each in a process of its own as its users run it; rounds take
+turns, so that whatever else the machine does falls on all alike. Ours reads packed documents through the loader with the document mask and
+per-domain accounting; the peers get random tokens for nothing.
+
+    python benchmarks/train_step.py --quick
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional
+
+from regrowth.data_pipeline.config import DataConfig, LoaderConfig, StaticMixing
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.prepare import prepare
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.loss import LanguageModelLoss, to_tensors
+from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.session import Session, prepare_process
+
+SHAPE = ModelConfig(vocabulary=4096, width=384, layers=6, heads=6, kv_heads=6, head_dim=64, ffn_width=1024, qk_norm=False, tied=True)
+
+
+def corpus_for_timing(folder: Path) -> Corpus:
+    """Some real text of this installation."""
+    source = {"kind": "installed", "max_megabytes": 2}
+    return prepare(DataConfig.model_validate({"out": str(folder), "sources": [source], "tokenizer": {"vocabulary": 4096}, "workers": 1}))
+
+
+def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
+    """One step of the native engine, loader included, in a process set up as a rank is."""
+    loader = LoaderConfig(sequence_length=length, global_batch=batch, unit_sequences=1)
+    values = {"data": corpus.manifest["config"], "loader": loader, "model": SHAPE, "mixing": StaticMixing(), "parallel": {"micro_batch": batch}}
+    config = RunConfig.model_validate({**values, "run": {"threads": threads}})
+    prepare_process(config, 1)
+    session = Session(config, corpus, None, torch.device("cpu"), None)
+    loss, step = LanguageModelLoss(), iter(range(1 << 30))
+
+    def run() -> None:
+        number = next(step)
+        micro_batch = to_tensors(session.loader.build(session.loader.plan_step(number)), torch.device("cpu"))
+        tokens = float(micro_batch["loss_weight"].sum())
+        session.engine.forward_backward([micro_batch], loss, 1.0 / tokens)
+        session.engine.step(1e-3, 1.0)
+        session.loader.mixer.observe(number, {})
+
+    return run
+
+
+def hugging_face(batch: int, length: int) -> Callable[[], None]:
+    """The loop that its documentation shows: model(input_ids, labels=...), AdamW, clip."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=SHAPE.vocabulary, hidden_size=SHAPE.width, intermediate_size=SHAPE.ffn_width, num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads, num_key_value_heads=SHAPE.kv_heads, max_position_embeddings=length, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    return _plain_loop(transformers.LlamaForCausalLM(config), lambda model, x: model(input_ids=x, labels=x).loss, batch, length)
+
+
+class NanoBlock(nn.Module):
+    """Pre-norm attention and a GELU MLP with fused qkv, as in nanoGPT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, time_, width = x.shape
+        q, k, v = (t.view(batch, time_, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(width, dim=2))
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, time_, width))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class Nano(nn.Module):
+    """A GPT-2 shape of the same width and depth: learned positions, tied head. Its MLP of 4 x width with two matrices has our FFN's size."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(SHAPE.vocabulary, SHAPE.width), nn.Embedding(length, SHAPE.width)
+        self.blocks = nn.ModuleList(NanoBlock(SHAPE.width, SHAPE.heads) for _ in range(SHAPE.layers))
+        self.norm = nn.LayerNorm(SHAPE.width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return functional.linear(self.norm(hidden), self.tokens.weight)
+
+
+def nano(batch: int, length: int) -> Callable[[], None]:
+    """A nanoGPT-style loop."""
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+    return _plain_loop(Nano(length), loss, batch, length)
+
+
+def _plain_loop(model: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor], batch: int, length: int) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    x = torch.randint(0, SHAPE.vocabulary, (batch, length))
+
+    def run() -> None:
+        loss(model, x).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    run.parameters = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
+    return run
+
+
+def _serve(name: str, folder: str, batch: int, length: int, threads: int, pipe: Connection) -> None:
+    """A loop in its own process: a round of steps for each request, answered with the seconds of each step."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    run = ours(corpus_for_timing(Path(folder)), batch, length, threads) if name == "regrowth" else PEERS[name](batch, length)
+    run()
+    pipe.send(getattr(run, "parameters", SHAPE.parameters))
+    while steps := pipe.recv():
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+        pipe.send(seconds)
+
+
+PEERS = {"Hugging Face Llama": hugging_face, "nanoGPT style": nano}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under 45 seconds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    batch, length, rounds = (4, 256, 4) if arguments.quick else (8, 256, 12)
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {}
+    parameters, pipes = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        corpus_for_timing(Path(folder))
+        for name in ("regrowth", *PEERS):
+            pipes[name], there = context.Pipe()
+            context.Process(target=_serve, args=(name, folder, batch, length, arguments.threads, there), daemon=True).start()
+            parameters[name], seconds[name] = pipes[name].recv(), []
+        for _ in range(rounds):
+            for name, pipe in pipes.items():
+                pipe.send(2)
+                seconds[name] += pipe.recv()
+        for pipe in pipes.values():
+            pipe.send(0)
+    title = f"training step, {batch} x {length} tokens, fp32, {arguments.threads} threads, median of {2 * rounds}"
+    table = Table("loop", "parameters", "tokens/s", "regrowth is", title=title)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, count in parameters.items():
+        table.add_row(name, f"{count:,}", f"{batch * length / median[name]:,.0f}", f"{median[name] / median['regrowth']:.2f} x as fast")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
