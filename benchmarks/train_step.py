@@ -42,7 +42,13 @@ def corpus_for_timing(folder: Path) -> Corpus:
 def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
     """One step of the native engine, loader included, in a process set up as a rank is."""
     loader = LoaderConfig(sequence_length=length, global_batch=batch, unit_sequences=1)
-    values = {"data": corpus.manifest["config"], "loader": loader, "model": SHAPE, "mixing": StaticMixing(), "parallel": {"micro_batch": batch}}
+    values = {
+        "data": corpus.manifest["config"],
+        "loader": loader,
+        "model": SHAPE,
+        "mixing": StaticMixing(),
+        "parallel": {"micro_batch": batch},
+    }
     config = RunConfig.model_validate({**values, "run": {"threads": threads}})
     prepare_process(config, 1)
     session = Session(config, corpus, None, torch.device("cpu"), None)

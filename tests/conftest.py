@@ -16,10 +16,48 @@ from regrowth.parallel.ranks import RankPool
 
 torch.set_num_threads(1)
 
-_WORDS = (
-    "growth ring model layer token water stone river light carries under the of and to in that with from over slow new old deep "
-    "forest valley market engine signal number letter memory garden winter summer morning evening window paper bridge"
-).split()
+_WORDS = [
+    "growth",
+    "ring",
+    "model",
+    "layer",
+    "token",
+    "water",
+    "stone",
+    "river",
+    "light",
+    "carries",
+    "under",
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "that",
+    "with",
+    "from",
+    "over",
+    "slow",
+    "new",
+    "old",
+    "deep",
+    "forest",
+    "valley",
+    "market",
+    "engine",
+    "signal",
+    "number",
+    "letter",
+    "memory",
+    "garden",
+    "winter",
+    "summer",
+    "morning",
+    "evening",
+    "window",
+    "paper",
+    "bridge",
+]
 
 
 def prose(seed: int, sentences: int) -> str:

@@ -90,7 +90,9 @@ def test_tests_mirror_the_rooms() -> None:
 
 def test_only_regrowth_is_importable_and_recipes_ship(tmp_path: Path) -> None:
     """A wheel holds `regrowth` alone, with every room, recipe and template in it."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)], check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}

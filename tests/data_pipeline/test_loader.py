@@ -59,7 +59,11 @@ def test_stops_and_resumes_change_nothing(corpus: Corpus, cuts: list[int], delay
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([1, 2, 4]), st.sampled_from(["natural", "uniform", "odm"])), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 30), st.sampled_from([1, 2, 4]), st.sampled_from(["natural", "uniform", "odm"])), min_size=1, max_size=6
+    )
+)
 def test_exactly_once_when_ranks_and_policies_change(corpus: Corpus, phases: list[tuple[int, int, str]]) -> None:
     """Each phase may run on another number of ranks with another policy; together they read each domain's stream without gap or repeat."""
     state, step, seen = None, 0, collections.defaultdict(list)

@@ -49,7 +49,9 @@ def test_a_document_is_framed_by_the_border_rule(corpus: Corpus) -> None:
 def test_duplicates_are_dropped_once_for_all_sources_and_kept_aside(tmp_path: Path) -> None:
     texts = [prose(i, 12) for i in range(60)]
     write_jsonl(tmp_path / "in/a.jsonl", [{"text": t, "domain": "a"} for t in texts])
-    write_jsonl(tmp_path / "in/b.jsonl", [{"text": t + "  \r\n", "domain": "b"} for t in texts[:20]] + [{"text": prose(999, 12), "domain": "b"}] * 3)
+    write_jsonl(
+        tmp_path / "in/b.jsonl", [{"text": t + "  \r\n", "domain": "b"} for t in texts[:20]] + [{"text": prose(999, 12), "domain": "b"}] * 3
+    )
     corpus = prepare(DataConfig.model_validate(small_data_values(tmp_path / "in", tmp_path / "out")))
     everything = list(rows_of(corpus, "train").values()) + list(rows_of(corpus, "heldout").values())
     assert len(everything) == len(set(everything)) == 61

@@ -1,5 +1,6 @@
 """Shards give back what was written, as views of the file, and refuse to give anything else."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def read(folder: Path) -> list[list[int]]:
         shard = Shard(path)
         for number in range(len(shard.index.blocks)):
             tokens, offsets = shard.block(number)
-            rows += [tokens[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+            rows += [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)]
     return rows
 
 

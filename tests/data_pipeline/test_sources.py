@@ -44,7 +44,15 @@ def test_jsonl_reads_the_same_rows_from_every_packing(packing: str, tmp_path: Pa
 
 def test_jsonl_drops_broken_rows_by_name_and_keeps_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
-    lines = [b'{"text": "good"}', b"{not json", b'{"body": 1}', b'{"text": "' + b"x" * 2000 + b'"}', b"", b'{"text": "bad \xff utf8"}', b'{"text": "last"}']
+    lines = [
+        b'{"text": "good"}',
+        b"{not json",
+        b'{"body": 1}',
+        b'{"text": "' + b"x" * 2000 + b'"}',
+        b"",
+        b'{"text": "bad \xff utf8"}',
+        b'{"text": "last"}',
+    ]
     path.write_bytes(b"\n".join(lines))
     found = read_all(JsonlFiles(JsonlSource(kind="jsonl", path=path, max_line_megabytes=0.001)))
     assert [d.dropped for d in found] == ["", "not_json", "no_text", "line_too_long", "", ""]
@@ -69,7 +77,11 @@ def test_text_files_take_their_domain_from_the_first_folder(tmp_path: Path) -> N
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(f"text of {name}".encode())
     found = read_all(TextFiles(TextSource(kind="text", path=tmp_path)))
-    assert sorted((d.domain, d.text) for d in found) == [("law", "text of law/a.txt"), ("law", "text of law/sub/b.md"), ("news", "text of news/c.txt")]
+    assert sorted((d.domain, d.text) for d in found) == [
+        ("law", "text of law/a.txt"),
+        ("law", "text of law/sub/b.md"),
+        ("news", "text of news/c.txt"),
+    ]
 
 
 def test_parquet_reads_its_rows_and_names_a_missing_column(tmp_path: Path) -> None:

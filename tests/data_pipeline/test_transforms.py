@@ -73,7 +73,9 @@ def test_quality_names_the_rule_that_failed(text: str, reason: str) -> None:
 
 def test_quality_agrees_with_a_slow_count_of_repeated_lines() -> None:
     rng = np.random.default_rng(0)
-    texts = ["\n".join(rng.choice(["a line of some words", "another one", "", "third line here"], size=rng.integers(5, 40))) for _ in range(60)]
+    texts = [
+        "\n".join(rng.choice(["a line of some words", "another one", "", "third line here"], size=rng.integers(5, 40))) for _ in range(60)
+    ]
     limit = 0.5
     quality = QualityFilter(Quality(kind="quality", min_characters=0, min_alphabetic_fraction=0, max_duplicate_line_fraction=limit))
     kept, _ = quality(batch_of(*texts))

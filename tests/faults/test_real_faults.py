@@ -40,7 +40,9 @@ def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(rank: int, undisturbed: list[float], documents: Path, tmp_path: Path) -> None:
+def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(
+    rank: int, undisturbed: list[float], documents: Path, tmp_path: Path
+) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 12, launcher)
@@ -125,7 +127,9 @@ def test_a_model_smaller_than_its_tokenizer_is_refused_and_a_larger_one_is_noted
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 2})
     given = json.dumps(str(corpus.folder / "tokenizer"))
     done = regrowth("train", config, f"data.tokenizer.path={given}", "model.vocabulary=300")
-    assert done.returncode == 2 and "model.vocabulary = 300 is smaller than the tokenizer's 384 ids" in one_letter(done.stdout + done.stderr)
+    assert done.returncode == 2 and "model.vocabulary = 300 is smaller than the tokenizer's 384 ids" in one_letter(
+        done.stdout + done.stderr
+    )
     done = regrowth("train", config, "model.vocabulary=512", "data.tokenizer.vocabulary=300")
     assert done.returncode == 0 and "model.vocabulary = 512, the tokenizer has 300 ids" in done.stdout
 
@@ -133,7 +137,17 @@ def test_a_model_smaller_than_its_tokenizer_is_refused_and_a_larger_one_is_noted
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_under_torchrun_the_command_is_one_of_the_ranks(ranks: int, documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 3}, **TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "regrowth", "train", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "regrowth",
+        "train",
+        str(config),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if ranks == 2:
         assert done.returncode == 0, done.stderr

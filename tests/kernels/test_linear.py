@@ -23,7 +23,9 @@ def layer(precision: LinearPrecision) -> tuple[LowPrecisionLinear, torch.Tensor,
     return linear, torch.randn(2, 4, 32, requires_grad=True), torch.randn(2, 4, 16)
 
 
-def by_hand(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, p: LinearPrecision) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def by_hand(
+    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, p: LinearPrecision
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, dx, dw), operand by operand, each rounded along the dim its GEMM contracts."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     y = p.forward.a.emulate(x) @ p.forward.b.emulate(weight).T

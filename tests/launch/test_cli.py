@@ -30,7 +30,20 @@ def test_help_imports_nothing_heavy() -> None:
     code += "print([m for m in ('torch', 'pyarrow', 'numpy', 'pydantic', 'datasets', 'transformers', 'tokenizers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("quickstart", "data", "train", "grow", "convert", "generate", "report", "plan", "launch", "doctor", "evaluate", "lineage"):
+    for command in (
+        "quickstart",
+        "data",
+        "train",
+        "grow",
+        "convert",
+        "generate",
+        "report",
+        "plan",
+        "launch",
+        "doctor",
+        "evaluate",
+        "lineage",
+    ):
         assert f"  {command}" in done.stdout
 
 
@@ -76,9 +89,16 @@ def test_a_dry_run_shows_everything_and_starts_nothing(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "prepared").exists()
 
 
-def test_the_whole_way_on_the_command_line(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_way_on_the_command_line(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """prepare, train on two ranks with growth, then every command on the result."""
-    sections = {"run": {"steps": 8}, "growth": [{"at_step": 4}], "parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 4, "keep": 5}}
+    sections = {
+        "run": {"steps": 8},
+        "growth": [{"at_step": 4}],
+        "parallel": {"dp_shard": 2, "micro_batch": 2},
+        "checkpoint": {"every": 4, "keep": 5},
+    }
     config = write_config(tmp_path / "c.toml", documents, tmp_path, mixing={"policy": "odm", "warmup_steps": 2}, **sections)
     code, output = call(capsys, monkeypatch, "data", "prepare", config)
     assert code == 0 and "funnel" in output and "programs" in output
@@ -118,7 +138,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
             need(package, "this")
         except UserError as error:
             assert f"pip install -e '.[{extra}]'" in str(error)
-    with pytest.raises(UserError, match="needs the package not_a_package. Install it with: pip install not_a_package"):
+    with pytest.raises(UserError, match=r"needs the package not_a_package\. Install it with: pip install not_a_package"):
         need("not_a_package", "this")
 
 

@@ -24,14 +24,21 @@ def script(config: str = "quickstart", overrides: list[str] | None = None, **opt
 
 def test_the_script_says_what_was_asked_for() -> None:
     text = script(nodes=2, partition="gpu", account="lab", gpus_per_node=1, setup=["module load cuda"])
-    for line in ("#SBATCH --nodes=2", "#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --gpus-per-node=1", "#SBATCH --time=30", "module load cuda"):
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=lab",
+        "#SBATCH --gpus-per-node=1",
+        "#SBATCH --time=30",
+        "module load cuda",
+    ):
         assert line in text.splitlines()
     assert "--nnodes=2 --nproc-per-node=1" in text
     assert "--partition" not in script()
 
 
 def test_user_strings_reach_the_command_as_they_are(tmp_path: Path) -> None:
-    nasty = "run.name=it's \"$(touch pwned)\" & more"
+    nasty = 'run.name=it\'s "$(touch pwned)" & more'
     text = script(overrides=[nasty])
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     command = text[text.index("-m regrowth") :]

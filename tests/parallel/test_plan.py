@@ -11,7 +11,7 @@ from regrowth.pretrain.model_config import ModelConfig
 @pytest.mark.parametrize("axis", ["cp", "tp", "pp", "ep"])
 def test_axes_that_are_not_built_are_refused_by_name(axis: str) -> None:
     with pytest.raises(ValidationError, match=f"parallel.{axis} = 2: this version splits data only"):
-        ParallelPlan(**{axis: 2})
+        ParallelPlan.model_validate({axis: 2})
 
 
 def test_a_batch_or_a_world_that_does_not_divide_is_refused_with_the_nearest() -> None:

@@ -17,7 +17,9 @@ from tests.pretrain.helpers import Ranks, go, losses, new_run
 @pytest.fixture(scope="module")
 def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> RunFolder:
     """A finished run on two sharded ranks with checkpoints at steps 4, 8 and 12."""
-    return go(new_run(corpus, tmp_path_factory.mktemp("runs"), run={"steps": 12}, parallel={"dp_shard": 2, "micro_batch": 2}), corpus, ranks)
+    return go(
+        new_run(corpus, tmp_path_factory.mktemp("runs"), run={"steps": 12}, parallel={"dp_shard": 2, "micro_batch": 2}), corpus, ranks
+    )
 
 
 @pytest.fixture
@@ -98,8 +100,12 @@ def test_resuming_on_the_same_plan_is_bit_exact(run: RunFolder, finished: RunFol
     assert verify(list_checkpoints(run.path)[-1])["id"] == verify(list_checkpoints(finished.path)[-1])["id"]
 
 
-@pytest.mark.parametrize("plan", [{"dp_shard": 1, "micro_batch": 4}, {"dp_replicate": 2, "dp_shard": 2, "micro_batch": 1}], ids=["1 rank", "4 ranks"])
-def test_resuming_on_another_plan_reads_the_same_sequences(plan: dict, run: RunFolder, finished: RunFolder, corpus: Corpus, ranks: Ranks) -> None:
+@pytest.mark.parametrize(
+    "plan", [{"dp_shard": 1, "micro_batch": 4}, {"dp_replicate": 2, "dp_shard": 2, "micro_batch": 1}], ids=["1 rank", "4 ranks"]
+)
+def test_resuming_on_another_plan_reads_the_same_sequences(
+    plan: dict, run: RunFolder, finished: RunFolder, corpus: Corpus, ranks: Ranks
+) -> None:
     from regrowth.files import write_text
     from regrowth.settings import to_toml
 

@@ -73,7 +73,9 @@ def test_the_grown_run_learns_on(grown: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("left", ["step-000004", "step-000006", "step-000006-grown", "step-000008"])
-def test_a_run_killed_anywhere_around_its_growth_goes_on_bit_for_bit(left: str, grown: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+def test_a_run_killed_anywhere_around_its_growth_goes_on_bit_for_bit(
+    left: str, grown: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks
+) -> None:
     run = RunFolder(Path(shutil.copytree(grown.path, tmp_path / "run")))
     names = [p.name for p in list_checkpoints(run.path)]
     for name in names[names.index(left) + 1 :]:
@@ -105,5 +107,5 @@ def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp
 
 
 def test_an_unknown_operator_is_named() -> None:
-    with pytest.raises(UserError, match='"stak": no such operator; did you mean "stack"?'):
+    with pytest.raises(UserError, match=r'"stak": no such operator; did you mean "stack"\?'):
         build_operator("stak")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.parallel.dtensor import full_tensor
 from regrowth.errors import UserError
+from regrowth.parallel.dtensor import full_tensor
 from regrowth.pretrain.attention import choose_attention, flex, sdpa
 from regrowth.pretrain.convert import write_hf
 from regrowth.pretrain.initialise import initialise, weight_std
@@ -19,10 +19,16 @@ from tests.pretrain.helpers import Ranks
 
 SHAPES = {
     "plain": ModelConfig(vocabulary=97, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_width=48, qk_norm=False, tied=False),
-    "gqa": ModelConfig(vocabulary=131, width=48, layers=3, heads=6, kv_heads=2, head_dim=16, ffn_width=72, qk_norm=False, tied=False, rope_theta=5e5),
-    "gqa tied": ModelConfig(vocabulary=64, width=48, layers=2, heads=8, kv_heads=1, head_dim=6, ffn_width=96, qk_norm=False, tied=True, norm_eps=1e-5),
+    "gqa": ModelConfig(
+        vocabulary=131, width=48, layers=3, heads=6, kv_heads=2, head_dim=16, ffn_width=72, qk_norm=False, tied=False, rope_theta=5e5
+    ),
+    "gqa tied": ModelConfig(
+        vocabulary=64, width=48, layers=2, heads=8, kv_heads=1, head_dim=6, ffn_width=96, qk_norm=False, tied=True, norm_eps=1e-5
+    ),
     "qk-norm": ModelConfig(vocabulary=97, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64, qk_norm=True, tied=False),
-    "qk-norm tied": ModelConfig(vocabulary=200, width=64, layers=4, heads=4, kv_heads=2, head_dim=32, ffn_width=128, qk_norm=True, tied=True),
+    "qk-norm tied": ModelConfig(
+        vocabulary=200, width=64, layers=4, heads=4, kv_heads=2, head_dim=32, ffn_width=128, qk_norm=True, tied=True
+    ),
 }
 
 
@@ -96,7 +102,7 @@ def test_flex_attention_computes_what_sdpa_computes() -> None:
     with torch.no_grad():  # on the CPU it has no backward pass
         got, expected = (build(config, attend=attend)(tokens, positions, documents) for attend in (flex, sdpa))
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
-    with pytest.raises(UserError, match='run.attention = "flex" trains on GPUs only'):
+    with pytest.raises(UserError, match=r'run\.attention = "flex" trains on GPUs only'):
         choose_attention("flex", torch.device("cpu"))
 
 

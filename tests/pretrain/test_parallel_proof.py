@@ -42,7 +42,14 @@ def test_the_loss_weighs_tokens_not_micro_batches(corpus: Corpus, tmp_path: Path
     """Sequences with padding make micro-batches of unequal weight; cutting a step differently must not matter."""
     # Blocks of 4096 tokens cut into 60s leave a padded sequence in each block.
     runs = [
-        train(corpus, tmp_path / str(size), ranks, {"micro_batch": size}, loader={"sequence_length": 60}, mixing={"policy": "static", "weights": "uniform"})
+        train(
+            corpus,
+            tmp_path / str(size),
+            ranks,
+            {"micro_batch": size},
+            loader={"sequence_length": 60},
+            mixing={"policy": "static", "weights": "uniform"},
+        )
         for size in (1, 8)
     ]
     tokens = [row["tokens"] for row in runs[0].rows("metrics")]

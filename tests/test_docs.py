@@ -1,0 +1,90 @@
+"""The commands that the documentation shows are run, in the order of their page, on small data."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch.helpers import only_run, regrowth, write_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The lines of a page's `sh` blocks, split as a shell would."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def small_run(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small config and its finished run, which stand in for the quickstart's."""
+    folder = tmp_path_factory.mktemp("docs")
+    write_config(folder / "small.toml", documents, folder, parallel={"dp_shard": 2, "micro_batch": 2}, run={"steps": 4})
+    done = regrowth("train", folder / "small.toml")
+    assert done.returncode == 0, done.stderr
+    return folder / "small.toml", only_run(folder).path
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "regrowth" in str(commands(p))], ids=lambda p: p.name)
+def test_the_commands_of_a_page_run(page: Path, small_run: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = small_run
+    shutil.copy(config, tmp_path / "my_text.toml")
+    ran = 0
+    for words in commands(page):
+        if words[0] != "regrowth":
+            assert words[0] == "make", words
+            continue
+        arguments = [str(run) if w.startswith("runs/") else str(config) if w == "quickstart" else w for w in words[1:]]
+        done = regrowth(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, f"{page.name}: {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_make_targets_and_links_of_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    named = {t for words in commands(page) if words[0] == "make" for t in words[1:] if "=" not in t}
+    named |= {t for span in re.findall(r"`make ([a-z ]+)", text) for t in span.split()}
+    for target in named:
+        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_documented_folder_of_a_run_is_what_a_run_leaves(small_run: tuple[Path, Path]) -> None:
+    _, run = small_run
+    for name in (
+        "config.toml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "mixing.jsonl",
+        "events.jsonl",
+        "checkpoints",
+        "logs/rank-0.log",
+        "logs/rank-1.log",
+    ):
+        assert (run / name).exists(), name
+
+
+def test_every_benchmark_takes_quick() -> None:
+    programs = sorted((ROOT / "benchmarks").glob("*.py"))
+    assert programs
+    assert all('"--quick"' in program.read_text() for program in programs)
+
+
+def test_the_examples_of_config_in_the_docs_are_valid() -> None:
+    import tomllib
+
+    from regrowth.pretrain.config import RunConfig
+    from regrowth.settings import merge, read_toml, validate
+
+    base = read_toml(ROOT / "configs/quickstart.toml")
+    for page in PAGES:
+        for block in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            validate(RunConfig, merge(base, tomllib.loads(block)), page.name)
