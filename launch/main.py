@@ -180,7 +180,7 @@ def launch_local(config: Config, overrides: Overrides = None, dry_run: DryRun = 
 
 @launch_app.command("slurm")
 def launch_slurm(
-    config: Config,
+    config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,

@@ -29,15 +29,19 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
            setup: list[str]) -> tuple[str, Path]:  # fmt: skip
     """The batch script of a config's plan, and the folder that its logs go to. Every user string is quoted for the shell.
 
+    `config` may be a run's folder: the job then goes on with that run.
+
     Raises:
         UserError: the plan's ranks do not fall evenly on the nodes, or an option holds a line break.
     """
     import jinja2
 
     from regrowth.pretrain.config import load_config
+    from regrowth.pretrain.run_folder import RunFolder
     from regrowth.settings import find_recipe
 
-    settings = load_config(config, overrides)
+    resumed = (Path(config) / "config.toml").exists()
+    settings = RunFolder(Path(config)).config(overrides) if resumed else load_config(config, overrides)
     ranks = settings.parallel.world_size
     if ranks % nodes:
         raise UserError(f"--nodes {nodes}: the plan's {ranks} ranks do not fall evenly on them; choose nodes from "
@@ -66,7 +70,11 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
         setup=setup,
         python=shlex.quote(sys.executable),
         ranks_per_node=ranks // nodes,
-        arguments=shlex.join(["train", str(find_recipe(config).resolve()), *overrides]),
+        arguments=shlex.join(
+            ["train", "--resume", str(Path(config).resolve()), *overrides]
+            if resumed
+            else ["train", str(find_recipe(config).resolve()), *overrides]
+        ),
     )
     return script, logs
 

@@ -123,8 +123,9 @@ def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     from regrowth.settings import to_toml
 
     before = run.config()
-    if before.model != config.model or before.data != config.data:
-        raise UserError(f"{run.path}: model and data are fixed once a run has begun; start a new run for them.")
+    fixed = [name for name in ("model", "data", "loader", "mixing") if getattr(before, name) != getattr(config, name)]
+    if fixed:
+        raise UserError(f"{run.path}: {' and '.join(fixed)} cannot change once a run has begun; start a new run for that.")
     if before == config:
         return
     write_text(run.path / "config.toml", to_toml(config))

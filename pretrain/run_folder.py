@@ -89,8 +89,9 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run reached its last step."""
-        return any(row["event"] == "finished" for row in self.rows("events"))
+        """Whether the run reached its last step; one whose `run.steps` was raised since is not finished any more."""
+        last = max((row["step"] for row in self.rows("events") if row["event"] == "finished"), default=-1)
+        return last >= 0 and last >= self.config().run.steps
 
 
 def unfinished_run(config: RunConfig) -> RunFolder | None:

@@ -128,6 +128,10 @@ def test_the_whole_way_on_the_command_line(
     assert "http://" not in html and "https://" not in html, "self-contained"
     code, output = call(capsys, monkeypatch, "train", "--resume", run.path)
     assert code == 0 and "finished already" in output
+    code, output = call(capsys, monkeypatch, "train", "--resume", run.path, "model.layers=3", "mixing.alpha=0.5")
+    assert code == 2 and "model and mixing cannot change once a run has begun" in one_letter(output)
+    code, output = call(capsys, monkeypatch, "train", "--resume", run.path, "run.steps=10")
+    assert code == 0 and len(run.rows("metrics")) == 10 and run.finished, output
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:

@@ -45,6 +45,14 @@ def test_user_strings_reach_the_command_as_they_are(tmp_path: Path) -> None:
     assert shlex.split(command)[2:] == ["train", str((Path(__file__).parents[2] / "configs/quickstart.toml").resolve()), nasty]
 
 
+def test_a_runs_folder_is_gone_on_with(documents: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    write_config(folder / "config.toml", documents, tmp_path)
+    text = script(str(folder), ["checkpoint.keep=9"])
+    assert shlex.split(text[text.index("-m regrowth") :])[2:] == ["train", "--resume", str(folder), "checkpoint.keep=9"]
+
+
 def test_a_line_break_in_an_option_is_refused() -> None:
     with pytest.raises(UserError, match="--partition: holds a line break"):
         script(partition="x\n#SBATCH --uid=0")

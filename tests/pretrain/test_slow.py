@@ -22,7 +22,10 @@ def test_compiled_blocks_compute_the_same_losses(plan: dict, corpus: Corpus, tmp
 
 
 def test_deterministic_mode_repeats_itself_bit_for_bit(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
-    first, second = (go(new_run(corpus, tmp_path / name, run={"deterministic": True}, parallel={"dp_shard": 2, "micro_batch": 2}), corpus, ranks) for name in "ab")
+    first, second = (
+        go(new_run(corpus, tmp_path / name, run={"deterministic": True}, parallel={"dp_shard": 2, "micro_batch": 2}), corpus, ranks)
+        for name in "ab"
+    )
     assert losses(first) == losses(second)
 
 
