@@ -41,7 +41,7 @@ lint: install ## format check and lint
 	$(BIN)/ruff check .
 
 types: install ## static types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install ## every benchmark in its short form
 	for program in benchmarks/*.py; do $(BIN)/python $$program --quick || exit 1; done
