@@ -2,9 +2,11 @@
 
 import collections
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -83,16 +85,34 @@ def _curate(config: DataConfig, items: list[tuple[int, Item]], folder: Path, rep
             curate_item(config, items[number], folder, number)
             report("curate", done := done + 1, len(items))
         return
+    pool = ProcessPoolExecutor(min(config.workers, len(todo)), mp_context=get_context("spawn"))
     try:
-        with ProcessPoolExecutor(min(config.workers, len(todo)), mp_context=get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(curate_item, config, items[n], folder, n) for n in todo]):
-                future.result()
-                report("curate", done := done + 1, len(items))
+        with _ignoring_interrupts():  # Ctrl-C is this process's business; its workers finish their part
+            futures = [pool.submit(curate_item, config, items[n], folder, n) for n in todo]
+        for future in as_completed(futures):
+            future.result()
+            report("curate", done := done + 1, len(items))
     except BrokenProcessPool as error:
         raise RunFailed(
             f"{folder}: a curation worker was killed (out of memory?). {done} of {len(items)} parts are kept; "
             "run the same command again to go on, with data.workers=1 if memory is short."
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes started inside inherit that SIGINT is ignored."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, where no signal arrives
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _refuse_nothing_left(config: DataConfig, funnel: Funnel) -> None:

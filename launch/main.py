@@ -198,20 +198,31 @@ def launch_slurm(
     go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only)
 
 
+_STOPPED = "What was finished is kept; the same command goes on from there."
+
+
 def main() -> None:
     """Run the command line; turn every error into one paragraph and an exit code."""
     debug = "--debug" in sys.argv or bool(os.environ.get("REGROWTH_DEBUG"))
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == 130:  # how the argument parser tells of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except RegrowthError as error:
         if debug:
             raise
         sys.exit(_tell(str(error), error.exit_code))
     except KeyboardInterrupt:
-        sys.exit(_tell("Stopped. What was finished is kept; the same command goes on from there.", 75))
+        sys.exit(_tell(_STOPPED, 75))
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the argument parser, which spells itself
+            error.show()  # pyright: ignore[reportAttributeAccessIssue]
+            sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
+        if type(error).__name__ == "Abort":  # how older ones tell of it
+            sys.exit(_tell(_STOPPED, 75))
         if debug:
             raise
         sys.exit(

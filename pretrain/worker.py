@@ -3,6 +3,7 @@
 An error is left as a letter in `logs/rank-N.error`, for the launcher to show; the traceback goes to the rank's log.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -48,4 +49,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    faulthandler.enable()  # a crash in native code leaves its Python stack in the rank's log
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and the process group is closed. Leave without the interpreter's teardown, in which communication threads that
+    # are still winding down abort the process now and then, and a finished run would look failed.
+    os._exit(code)

@@ -95,7 +95,7 @@ def test_a_full_disk_during_a_checkpoint_is_told_and_the_last_one_stands(documen
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 40, "folder": str(disk / "runs")}, **TWO)
+        config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "folder": str(disk / "runs")}, **TWO)
         launcher = start("train", config)
         wait_for(lambda: list(disk.glob("runs/*/checkpoints/step-*")), launcher)
         (run,) = disk.glob("runs/*_*")
@@ -107,7 +107,8 @@ def test_a_full_disk_during_a_checkpoint_is_told_and_the_last_one_stands(documen
         assert list(run.glob("checkpoints/step-*")), "the last whole checkpoint stands"
         assert not list(run.glob("checkpoints/.*"))
         (disk / "ballast").unlink()
-        done = regrowth("train", "--resume", run, "checkpoint.keep=1")
+        last = max(int(p.name.split("-")[1]) for p in run.glob("checkpoints/step-*"))
+        done = regrowth("train", "--resume", run, "checkpoint.keep=1", f"run.steps={last + 4}")
         assert done.returncode == 0, done.stdout + done.stderr
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -155,3 +156,22 @@ def test_under_torchrun_the_command_is_one_of_the_ranks(ranks: int, documents: P
     else:
         assert done.returncode != 0
         assert "the plan needs 2 processes (dp_replicate = 1 x dp_shard = 2), 3 were started" in done.stderr
+
+
+def test_ctrl_c_while_data_is_prepared_keeps_what_is_done(tmp_path: Path) -> None:
+    """SIGINT to the whole process group, as a terminal sends it."""
+    from tests.conftest import prose, small_data_values, write_jsonl
+
+    for i in range(40):
+        write_jsonl(tmp_path / f"in/f{i:02d}.jsonl", [{"text": prose(1000 * i + j, 40), "domain": "p"} for j in range(150)])
+    data = {**small_data_values(tmp_path / "in", tmp_path / "prepared"), "workers": 2}
+    config = write_config(tmp_path / "c.toml", tmp_path / "in", tmp_path, data=data)
+    process = start("data", "prepare", config, start_new_session=True)
+    wait_for(lambda: len(list(tmp_path.glob("prepared/*/curated/*.json"))) > 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "the same command goes on from there" in one_letter(output)
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("prepared/*/curated/*.json")}
+    assert 3 < len(done) < 40
+    assert regrowth("data", "prepare", config).returncode == 0
+    assert all(p.stat().st_mtime_ns == before for p, before in done.items())
