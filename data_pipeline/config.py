@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regrowth.settings import Settings
+from regrowth.settings import PlainName, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -112,7 +112,7 @@ class DataConfig(Settings):
     """From raw documents to a corpus of shards."""
 
     out: Path = Path("prepared")
-    name: str = "corpus"
+    name: PlainName = "corpus"
     sources: list[Source]
     transforms: list[Transform] = [Normalise(kind="normalise"), Quality(kind="quality"), ExactDedup(kind="exact_dedup")]
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
@@ -126,13 +126,6 @@ class DataConfig(Settings):
     def _some_source(cls, value: list[Source]) -> list[Source]:
         if not value:
             raise ValueError("name at least one [[data.sources]]")
-        return value
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not value or "/" in value or value.startswith("."):
-            raise ValueError("a corpus name is a plain file name")
         return value
 
 

@@ -10,7 +10,7 @@ from regrowth.errors import nearest
 from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.model_config import ModelConfig
-from regrowth.settings import Settings, find_recipe, load
+from regrowth.settings import PlainName, Settings, find_recipe, load
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 class RunSettings(Settings):
     """Name, length and place of a run."""
 
-    name: str = "run"
+    name: PlainName = "run"
     folder: Path = Path("runs")
     steps: Count = 1000
     seed: int = 0
@@ -28,13 +28,6 @@ class RunSettings(Settings):
     deterministic: bool = False  # refuse operations that are not
     peak_tflops: float | None = None  # of one device in the run's dtype; None: from a table of known GPUs, for MFU
     threads: Count | None = None  # of a rank on the CPU; None: the cores shared out
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not value or "/" in value or value.startswith("."):
-            raise ValueError("a run's name is a plain file name")
-        return value
 
 
 class OptimizerConfig(Settings):

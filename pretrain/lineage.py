@@ -41,12 +41,12 @@ class Lineage(Settings):
 
     def lines(self) -> list[str]:
         """The record for people, oldest first."""
-        told = [f"{p.id[:12]}  step {p.step:,}  {p.relation} by {_spell(p.operator)}" for p in self.parents]
+        told = [f"{p.id[:12]}, step {p.step:,}: {p.relation.removesuffix(' from')} by {_spell(p.operator)}" for p in self.parents]
         return [*told, f"this checkpoint  step {self.step:,}, {self.tokens:,} tokens, {self.train_flops:.3g} training FLOPs in all"]
 
 
 def _spell(operator: dict[str, Any]) -> str:
-    rest = ", ".join(f"{key} {value}" for key, value in operator.items() if key != "op")
+    rest = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in operator.items() if key != "op")
     return f"{operator.get('op', '?')} ({rest})" if rest else str(operator.get("op", "?"))
 
 

@@ -71,13 +71,11 @@ class Session:
             autocast=torch.bfloat16 if self.config.run.dtype == "bfloat16" else None,
         )
 
-    def use_precision(self, recipe: PrecisionRecipe) -> bool:
-        """Let the linears follow a recipe from now on; returns whether that is a change."""
-        if recipe == self.recipe:
-            return False
-        set_precision(self.engine.model, recipe.attention, recipe.ffn)
-        self.recipe = recipe
-        return True
+    def use_precision(self, recipe: PrecisionRecipe) -> None:
+        """Let the linears follow a recipe from now on."""
+        if recipe != self.recipe:
+            set_precision(self.engine.model, recipe.attention, recipe.ffn)
+            self.recipe = recipe
 
     def state(self, step: int) -> CheckpointState:
         """What a checkpoint of this moment says besides its tensors."""

@@ -79,6 +79,7 @@ class Trainer:
         self.loss = LanguageModelLoss(config.optimizer.z_loss)
         self.metrics = MetricsWriter(run) if rank == 0 else None
         self.unfinite_steps = 0
+        self.told_recipe = ""
         checkpoint = on_first_rank(self._where_to_start)
         self.saved_at = -1
         self.session = Session(config, corpus, mesh, device, checkpoint)
@@ -123,8 +124,10 @@ class Trainer:
         began = time.perf_counter()
         session, engine, config = self.session, self.session.engine, self.config
         recipe = self.recipe.at(step, config.run.steps)
-        if session.use_precision(recipe):
+        session.use_precision(recipe)
+        if recipe.name != self.told_recipe:
             self._event("precision", step=step, recipe=recipe.name)
+            self.told_recipe = recipe.name
 
         ids = session.loader.plan_step(step)
         share = len(ids) // engine.data_ranks

@@ -9,7 +9,7 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from regrowth.errors import UserError, nearest
@@ -62,6 +62,15 @@ def find_recipe(name: str) -> Path:
     if shipped.exists():
         return shipped
     raise UserError(f"{name}: neither a file nor a recipe; {nearest(path.stem, recipes())}")
+
+
+def _check_plain_name(value: str) -> str:
+    if not value or "/" in value or "\0" in value or value.startswith("."):
+        raise ValueError("this names a file or folder: not empty, no slash, no dot in front")
+    return value
+
+
+PlainName = Annotated[str, AfterValidator(_check_plain_name)]
 
 
 class _Whole(dict[str, Any]):

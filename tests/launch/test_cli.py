@@ -111,7 +111,7 @@ def test_the_whole_way_on_the_command_line(
     code, output = call(capsys, monkeypatch, "evaluate", run.path)
     assert code == 0 and "bits per byte" in output
     code, output = call(capsys, monkeypatch, "lineage", run.path)
-    assert code == 0 and "grown from by stack" in output and "tokens of prose" in output
+    assert code == 0 and "grown by stack" in output and "tokens of prose" in output
     code, output = call(capsys, monkeypatch, "generate", run.path, "--prompt", "The", "--tokens", "5", "--temperature", "0")
     assert code == 0 and output.startswith("The")
     code, output = call(capsys, monkeypatch, "convert", run.path, tmp_path / "hf")
@@ -123,7 +123,7 @@ def test_the_whole_way_on_the_command_line(
     code, output = call(capsys, monkeypatch, "report", run.path)
     html = (run.path / "report.html").read_text()
     assert code == 0 and html.count("<svg") == 6
-    for shown in ("stack: 2 → 4 layers", "byte trigram", "grown from by stack", "seconds per step", "held-out bits per byte"):
+    for shown in ("stack: 2 → 4 layers", "byte trigram", "grown by stack", "seconds per step", "held-out bits per byte"):
         assert shown in html
     assert "http://" not in html and "https://" not in html, "self-contained"
     code, output = call(capsys, monkeypatch, "train", "--resume", run.path)

@@ -62,7 +62,7 @@ def test_growth_is_in_the_log_the_lineage_and_the_schedule(grown: RunFolder) -> 
     (parent,) = state.lineage.parents
     assert parent.id == verify(grown.path / "checkpoints/step-000006")["id"]
     assert parent.operator == {"op": "stack", "factor": 2, "from_layers": 2, "to_layers": 4}
-    assert "grown from by stack" in "\n".join(state.lineage.lines())
+    assert "grown by stack" in "\n".join(state.lineage.lines())
     small, large = (c.train_flops_per_token(64) for c in (state.model.model_copy(update={"layers": 2}), state.model))
     tokens = [row["tokens"] for row in rows]
     assert state.lineage.train_flops == pytest.approx(sum(tokens[:6]) * small + sum(tokens[6:]) * large)
