@@ -90,9 +90,9 @@ class Trainer:
 
     def run_to_the_end(self) -> None:
         """Steps, and between them growths, evaluations and checkpoints."""
-        steps = self.config.run.steps
+        steps, done = self.config.run.steps, self.session.step
         try:
-            for step in range(self.session.step, steps):
+            for step in range(done, steps):
                 if event := self._growth_due(step):
                     self._grow(event)
                 self._step(step)
@@ -102,10 +102,10 @@ class Trainer:
                 if done % self.config.checkpoint.every == 0 or done == steps:
                     self._save(done)
             if not self.run.finished:
-                self._save(steps)
-                self._evaluate(steps, self.config.evaluation.final_sequences_per_domain, final=True)
+                self._save(done)
+                self._evaluate(done, self.config.evaluation.final_sequences_per_domain, final=True)
                 barrier()
-                self._event("finished", step=steps)
+                self._event("finished", step=done)
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -243,6 +243,9 @@ class Trainer:
         if self.rank == 0:
             row = {"step": step, "final": final, "note": note, "bits_per_byte": total(scores).bits_per_byte, "loss": total(scores).loss,
                    "domains": {d: {"bits_per_byte": s.bits_per_byte, "loss": s.loss, "bytes": s.bytes_} for d, s in scores.items()}}  # fmt: skip
+            known = {(r["step"], r["note"], r["final"]) for r in self.run.rows("evaluations")}
+            if (step, note, final) in known:  # measured before a stop, and again on the way from the same checkpoint
+                return
             self.run.log("evaluations", row)
             assert self.metrics
             self.metrics.evaluation(row)
