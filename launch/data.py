@@ -64,6 +64,11 @@ def print_corpus(corpus: Corpus, console: Console) -> None:
         tokens = corpus.tokens("train", domain)
         table.add_row(domain, f"{tokens:,}", f"{corpus.tokens('heldout', domain):,}", f"{documents:,}", f"{text / max(tokens, 1):.2f}")
     console.print(table)
+    if silent := [domain for domain in corpus.domains if not corpus.tokens("heldout", domain)]:
+        console.print(
+            f"note: no held-out text in {', '.join(silent)}, so no bits per byte there; raise data.heldout_fraction to have some.",
+            soft_wrap=True,
+        )
     funnel = Table("domain", "after", "documents", "MB", "dropped here, by reason", title="funnel")
     dropped: dict[tuple[str, str], list[str]] = {}
     kept: dict[tuple[str, str], tuple[int, int]] = {}

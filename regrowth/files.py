@@ -90,9 +90,10 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one line to a log. A line is one write, so a crash leaves at most one torn last line, which `read_jsonl` passes over."""
-    with disk_full_is_a_letter(path), path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append one line to a log. A crash or a full disk leaves at most one torn last line: the next append ends it, `read_jsonl` passes over it."""
+    with disk_full_is_a_letter(path), path.open("ab+") as log:
+        torn = log.seek(0, os.SEEK_END) > 0 and (log.seek(-1, os.SEEK_END), log.read(1))[1] != b"\n"
+        log.write((b"\n" if torn else b"") + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
