@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from regrowth.data_pipeline.shards import Shard
+from regrowth.data_pipeline.shards import REMEDY, Shard
 from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.errors import UserError, nearest
 from regrowth.files import read_json
@@ -63,7 +63,18 @@ class Corpus:
         rows = self.manifest["splits"][split].get(domain)
         if rows is None and domain not in self.domains:
             raise UserError(f"{self.folder}: no domain {domain!r}; {nearest(domain, self.domains)}")
-        return [Shard(self.folder / row["path"]) for row in rows or []]
+        shards = []
+        for row in rows or []:
+            shard = Shard(self.folder / row["path"])
+            if shard.index.sha256 != row["sha256"]:
+                raise UserError(f"{shard.path}: not the shard that {self.folder}/corpus.json lists (another sha256). {REMEDY}")
+            shards.append(shard)
+        return shards
+
+    def missing(self) -> list[Path]:
+        """Shards and indexes that the manifest lists and the disk does not have."""
+        listed = [self.folder / row["path"] for split in SPLITS for rows in self.manifest["splits"][split].values() for row in rows]
+        return [path for shard in listed for path in (shard, shard.with_suffix(".json")) if not path.exists()]
 
     def verify(self) -> int:
         """Check every shard against its sha256; returns how many there are.

@@ -76,6 +76,10 @@ class Loader:
     def __init__(self, corpus: Corpus, config: LoaderConfig, mixing: Mixing) -> None:
         self.corpus, self.config = corpus, config
         self.domains = corpus.domains
+        if len(self.domains) > 256:
+            raise UserError(
+                f"{corpus.folder}: {len(self.domains)} domains; a run mixes at most 256. Set `domain` of some data.sources to merge them."
+            )
         tokens = [corpus.tokens("train", d) for d in self.domains]
         policy = build_policy(mixing, self.domains, tokens)
         units = config.global_batch // config.unit_sequences
@@ -115,7 +119,7 @@ class Loader:
         if differing := [key for key in mine if mine[key] != theirs.get(key)]:
             told = "; ".join(f"{key}: checkpoint {theirs.get(key)!r}, now {mine[key]!r}" for key in differing)
             raise UserError(f"{self.corpus.folder}: the checkpoint's loader state is of another corpus or order ({told}). "
-                            "Resume with the run's own data, or start a new run from the checkpoint's weights.")  # fmt: skip
+                            "Resume with the run's own data, or start a new run with run.start_from = the checkpoint.")  # fmt: skip
         self.cursors = [Cursor(**c) for c in state["cursors"]]
         self.mixer.load_state_dict(state["mixer"])
 

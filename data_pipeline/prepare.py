@@ -22,7 +22,7 @@ from regrowth.data_pipeline.sources.base import Item
 from regrowth.data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from regrowth.data_pipeline.transforms.hashing import heldout_mask
 from regrowth.errors import RunFailed, UserError
-from regrowth.files import fingerprint, write_json
+from regrowth.files import exclusive, fingerprint, write_json
 
 # What the caller shows of the progress: (what is being done, how much is done, of how much).
 Progress = Callable[[str, float, float], None]
@@ -50,9 +50,17 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
     report: Progress = progress or (lambda *_: None)
     items = list_items(config)
     folder = config.out / f"{config.name}-{_fingerprint(config, items)}"
-    if (folder / "corpus.json").exists():
-        return Corpus.open(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock"):  # whoever comes second waits, and then finds it finished
+        return _prepare(config, items, folder, report)
+
+
+def _prepare(config: DataConfig, items: list[tuple[int, Item]], folder: Path, report: Progress) -> Corpus:
+    if (folder / "corpus.json").exists():
+        corpus = Corpus.open(folder)
+        if not corpus.missing():
+            return corpus
+        (folder / "corpus.json").unlink()  # shards were removed, as the letter about a damaged one says: they are written again
     _curate(config, items, folder, report)
     parts = CuratedParts(config, folder, len(items))
     funnel = parts.funnel()

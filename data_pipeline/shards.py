@@ -37,7 +37,7 @@ def shard_schema(vocabulary: int, metadata: dict[str, str]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """Where one record batch lies: byte positions in the file, and the hash of its token values."""
+    """Where one record batch lies: byte positions in the file, and the hash of its token values and row offsets."""
 
     rows: int
     tokens: int
@@ -153,10 +153,16 @@ def index_blocks(path: Path) -> list[BlockIndex]:
                     tokens=count,
                     values_offset=values.address - mapped.address if values is not None else 0,
                     row_offsets_offset=row_offsets.address - mapped.address,
-                    xxh3=xxhash.xxh3_64_hexdigest(data),
+                    xxh3=_block_hash(data, row_offsets.slice(0, 8 * (len(batch) + 1))),
                 )
             )
     return blocks
+
+
+def _block_hash(values: Any, row_offsets: Any) -> str:
+    digest = xxhash.xxh3_64(values)
+    digest.update(row_offsets)
+    return digest.hexdigest()
 
 
 class Shard:
@@ -176,9 +182,9 @@ class Shard:
         if self.index.format != FORMAT:
             raise UserError(f"{path}: shard format {self.index.format}, this version reads format {FORMAT}. Rebuild the corpus.")
         if not path.exists():
-            raise UserError(f"{path}: the shard is missing, its index is there. {_REMEDY}")
+            raise UserError(f"{path}: the shard is missing, its index is there. {REMEDY}")
         if (size := path.stat().st_size) != self.index.size:
-            raise UserError(f"{path}: damaged, {size:,} bytes where its index says {self.index.size:,}. {_REMEDY}")
+            raise UserError(f"{path}: damaged, {size:,} bytes where its index says {self.index.size:,}. {REMEDY}")
         self._mapped = np.memmap(path, dtype=np.uint8, mode="r")
         self._checked: set[int] = set()
 
@@ -187,11 +193,11 @@ class Shard:
         block = self.index.blocks[number]
         dtype = np.uint16 if self.index.token_bytes == 2 else np.int32
         raw = self._mapped[block.values_offset : block.values_offset + block.tokens * self.index.token_bytes]
-        if number not in self._checked:
-            if xxhash.xxh3_64_hexdigest(raw.data) != block.xxh3:
-                raise UserError(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {_REMEDY}")
-            self._checked.add(number)
         rows = self._mapped[block.row_offsets_offset : block.row_offsets_offset + 8 * (block.rows + 1)]
+        if number not in self._checked:
+            if _block_hash(raw.data, rows.data) != block.xxh3:
+                raise UserError(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {REMEDY}")
+            self._checked.add(number)
         return raw.view(dtype), rows.view(np.int64)
 
     def table(self, number: int) -> pa.RecordBatch:
@@ -209,10 +215,10 @@ class Shard:
             UserError: it was altered.
         """
         if sha256_of(self.path) != self.index.sha256:
-            raise UserError(f"{self.path}: altered, its sha256 is not the index's. {_REMEDY}")
+            raise UserError(f"{self.path}: altered, its sha256 is not the index's. {REMEDY}")
 
 
-_REMEDY = "Remove this shard's folder and run `regrowth data prepare` again; it rebuilds what is missing."
+REMEDY = "Remove this shard's folder and run `regrowth data prepare` again; it rebuilds what is missing."
 
 
 def shard_summary(index: ShardIndex, path: str) -> dict[str, Any]:

@@ -69,9 +69,11 @@ def load_model(checkpoint: Path) -> Transformer:
 def grow(path: Path, op: str, factor: int, out: Path | None) -> None:
     """The `grow` command."""
     source = find_checkpoint(path)
-    target = out or source.with_name(f"{source.name.removesuffix('-grown')}-grown")
+    # Not among the run's own checkpoints: those are what the run goes on from.
+    target = out or run_of(source).path / "grown" / f"{source.name}-{op}{factor}"
     grown = grow_checkpoint(source, target, build_operator(op, factor=factor))
     Console().print(f"{target}: {grown.model.layers} layers, {grown.model.parameters:,} parameters", soft_wrap=True)
+    Console().print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
 
 
 def convert(path: Path, out: Path, to: str) -> None:

@@ -60,7 +60,10 @@ def run_local(folder: Path, corpus: Path, ranks: int, watch: Callable[[bool], No
         time.sleep(0.5)  # the other ranks may be writing their own letters
         _end(workers, grace=20.0 if stopping_since is not None or _stopped(folder, ranks) else 3.0)
         show(True)
-        raise _letter(folder, [worker.poll() for worker in workers])
+        codes = [worker.poll() for worker in workers]
+        if stopping_since is not None and any(code == -signal.SIGTERM for code in codes):  # asked before they were ready to be
+            raise Stopped(f"{folder}: stopped before the first step. Go on with: regrowth train --resume {folder}")
+        raise _letter(folder, codes)
     finally:
         asked.restore()
         _end(workers, grace=0.0)

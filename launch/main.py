@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's input, 75 stopped and resumab
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,7 @@ def train(
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train: prepare the data if need be, start the plan's ranks on this machine, watch. Under torchrun or srun: be one of the ranks."""
+    """Train: prepare the data if need be, start the plan's ranks on this machine, watch. Under torchrun: be one of the ranks."""
     from regrowth.launch.training import train as go
 
     go(config, overrides or [], resume, dry_run)
@@ -73,7 +74,7 @@ def grow(
     checkpoint: Checkpoint,
     op: Annotated[str, typer.Option(help="The growth operator.")] = "stack",
     factor: Annotated[int, typer.Option(help="How many copies in depth.", min=2)] = 2,
-    out: Annotated[Path | None, typer.Option(help="Where the grown checkpoint goes; default: beside the source, with -grown.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the grown checkpoint goes; default: `grown/` in the run's folder.")] = None,
 ) -> None:
     """Grow a checkpoint into a larger model's start."""
     from regrowth.launch.checkpoints import grow as go
@@ -211,7 +212,7 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except RegrowthError as error:
         if debug:
-            raise
+            traceback.print_exc()
         sys.exit(_tell(str(error), error.exit_code))
     except KeyboardInterrupt:
         sys.exit(_tell(_STOPPED, 75))
@@ -224,7 +225,7 @@ def main() -> None:
         if type(error).__name__ == "Abort":  # how older ones tell of it
             sys.exit(_tell(_STOPPED, 75))
         if debug:
-            raise
+            traceback.print_exc()
         sys.exit(
             _tell(
                 f"{type(error).__name__}: {error}\nThis should have been a clearer message; `regrowth --debug ...` shows the traceback.", 1

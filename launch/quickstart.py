@@ -32,11 +32,9 @@ def quickstart(overrides: list[str], dry_run: bool) -> None:
         return
     began = time.monotonic()
     run = unfinished_run(config)
-    if run and not overrides:
+    if run:
         console.print(f"Going on with {run.path}, which was stopped before its end.", soft_wrap=True)
-        config = run.config()
     else:
-        run = None
         corpus = prepare_with_progress(config.data, console)
         print_corpus(corpus, console)
     run = run_training(config, console, run)

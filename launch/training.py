@@ -28,7 +28,7 @@ def train(config: str | None, overrides: list[str], resume: Path | None, dry_run
         overrides = ([config] if config else []) + overrides
         run = RunFolder.open(resume)
         settings = run.config(overrides)
-        if overrides:
+        if overrides and not dry_run:
             _change_config(run, settings)
     elif config is None:
         raise UserError("name a config (regrowth train CONFIG) or a run to go on with (regrowth train --resume RUN).")
@@ -81,7 +81,7 @@ def _note_spare_vocabulary(config: "RunConfig", corpus: Path, console: Console) 
 
 
 def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
-    """Started by torchrun or srun: rank 0 prepares data and folder, then all train."""
+    """Started by torchrun: rank 0 prepares data and folder, then all train."""
     from regrowth.data_pipeline.prepare import prepare
     from regrowth.parallel.agree import on_first_rank
     from regrowth.parallel.mesh import choose_device, process_group
@@ -95,7 +95,12 @@ def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
             write_json(folder.path / "data.json", {"corpus": str(corpus.resolve())})
         return folder.path, corpus
 
-    # The data may take hours to prepare on rank 0 while the others wait.
+    try:
+        config.parallel.check_world(int(os.environ["WORLD_SIZE"]))
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    # The data may take hours to prepare on rank 0 while the others wait. The group cannot be made twice on one rendezvous, so training keeps
+    # the long patience too: torchrun itself ends the ranks when one of them dies.
     with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
         folder, corpus = on_first_rank(set_up)
         train_rank(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

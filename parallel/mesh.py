@@ -9,16 +9,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from regrowth.errors import UserError
 from regrowth.parallel.plan import ParallelPlan
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # slowest to fastest: tp's ranks are neighbours
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is this rank's GPU where there is one, else the CPU."""
+    """`auto` is this rank's GPU where every rank of this machine has one, else the CPU.
+
+    Raises:
+        UserError: "cuda" was asked for and torch has too few GPUs here.
+    """
+    gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpus >= ranks else "cpu"
     if name == "cuda":
+        if gpus < ranks:
+            raise UserError(
+                f'run.device = "cuda": {ranks} ranks on this machine and {gpus} GPUs that torch can use. Use "cpu", or a plan of fewer ranks.'
+            )
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
         return torch.device("cuda", local)

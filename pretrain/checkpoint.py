@@ -233,6 +233,15 @@ def canonical_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters()}
 
 
+def set_aside(run: Path, newer_than: Path | None) -> None:
+    """Rename what was refused to `refused-step-N`, so that it is neither counted nor removed as one of the checkpoints."""
+    paths = list_checkpoints(run)
+    for path in paths[paths.index(newer_than) + 1 :] if newer_than else paths:
+        aside = path.with_name(f"refused-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.replace(aside)
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for path in list_checkpoints(run)[:-keep]:

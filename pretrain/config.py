@@ -22,6 +22,7 @@ class RunSettings(Settings):
     folder: Path = Path("runs")
     steps: Count = 1000
     seed: int = 0
+    start_from: Path | None = None  # a checkpoint to begin with: its model, weights, moments and lineage; the data begins afresh
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights and moments are fp32
     attention: Literal["auto", "sdpa", "flex"] = "auto"
@@ -70,6 +71,8 @@ class PrecisionConfig(Settings):
         from dataclasses import replace
 
         recipe = self.custom or RECIPES[self.recipe]
+        if self.custom and recipe.name in RECIPES:
+            recipe = replace(recipe, name="custom")
         return recipe if self.full_precision_last is None else replace(recipe, full_precision_last=self.full_precision_last)
 
 
@@ -115,6 +118,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _rooms_fit_together(self) -> "RunConfig":
         self.parallel.check_batch(self.loader.global_batch)
+        self._blocks_divide()
         steps = [event.at_step for event in self.growth]
         if steps != sorted(set(steps)):
             raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
@@ -126,6 +130,24 @@ class RunConfig(Settings):
                 f"set model.vocabulary to at least {self.data.tokenizer.vocabulary}"
             )
         return self
+
+    def _blocks_divide(self) -> None:
+        """Scales per block need dims that are multiples of the block."""
+        recipe, model = self.precision.build(), self.model
+        attention = {
+            "model.width": model.width,
+            "model.heads x head_dim": model.heads * model.head_dim,
+            "model.kv_heads x head_dim": model.kv_heads * model.head_dim,
+        }
+        ffn = {"model.width": model.width, "model.ffn_width": model.ffn_width}
+        for linear, dims in ((recipe.attention, attention), (recipe.ffn, ffn)):
+            for gemm in (linear.forward, linear.dgrad, linear.wgrad):
+                sizes = {"loader.sequence_length": self.loader.sequence_length} if gemm is linear.wgrad else dims
+                for quantizer in (gemm.a, gemm.b):
+                    for name, size in sizes.items():
+                        if quantizer.format and quantizer.granularity == "block" and size % quantizer.block:
+                            raise ValueError(f"{name} = {size} is not a multiple of the precision recipe's blocks of {quantizer.block}; "
+                                             "choose another size, or a recipe with scales per row")  # fmt: skip
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:

@@ -62,6 +62,8 @@ def evaluate(engine: Engine, batch: Batch, corpus: Corpus, micro_batch: int, dev
     return scores
 
 
-def total(scores: dict[str, DomainScore]) -> DomainScore:
-    """All domains as one text."""
-    return DomainScore(sum(s.nats for s in scores.values()), sum(s.bytes_ for s in scores.values()), sum(s.tokens for s in scores.values()))
+def total(scores: dict[str, DomainScore], corpus: Corpus) -> DomainScore:
+    """All held-out text as one: each domain weighs what its whole held-out text weighs, however much of it was read."""
+    whole = {d: sum(row["text_bytes"] for row in corpus.manifest["splits"]["heldout"][d]) for d in scores}
+    factors = {d: whole[d] / s.bytes_ if s.bytes_ else 0.0 for d, s in scores.items()}
+    return DomainScore(*(sum(getattr(s, part) * factors[d] for d, s in scores.items()) for part in ("nats", "bytes_", "tokens")))

@@ -40,4 +40,5 @@ def _sample(logits: torch.Tensor, temperature: float, top_p: float, generator: t
     probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
     kept = torch.where(before < top_p, probabilities, torch.zeros_like(probabilities))
+    kept[0] = probabilities[0]  # whatever top_p is, the likeliest token stays
     return int(order[torch.multinomial(kept, 1, generator=generator)])

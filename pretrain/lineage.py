@@ -34,10 +34,16 @@ class Lineage(Settings):
         parent = Parent(id=parent_id, relation="grown from", step=self.step, operator=operator)
         return self.model_copy(update={"parents": [*self.parents, parent]})
 
+    def continued(self, parent_id: str) -> "Lineage":
+        """The record of a new run that starts from this checkpoint; its steps count from 0, tokens and FLOPs go on."""
+        parent = Parent(id=parent_id, relation="continued from", step=self.step, operator={"op": "a new run"})
+        return self.model_copy(update={"parents": [*self.parents, parent], "step": 0})
+
     @property
     def growth_steps(self) -> list[int]:
-        """The steps before which growths happened."""
-        return [parent.step for parent in self.parents if parent.relation == "grown from"]
+        """The steps of the present run before which growths happened."""
+        begun = max((i for i, parent in enumerate(self.parents) if parent.relation == "continued from"), default=-1)
+        return [parent.step for parent in self.parents[begun + 1 :] if parent.relation == "grown from"]
 
     def lines(self) -> list[str]:
         """The record for people, oldest first."""

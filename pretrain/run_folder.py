@@ -9,6 +9,7 @@ runs/2026-11-21_quickstart/
 
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -95,12 +96,16 @@ class RunFolder:
 
 
 def unfinished_run(config: RunConfig) -> RunFolder | None:
-    """The newest run of this name that was stopped before its end."""
-    candidates = config.run.folder.glob(f"*_{config.run.name}*/config.toml")
-    for path in sorted((p.parent for p in candidates), key=lambda p: p.stat().st_mtime, reverse=True):
+    """The newest run of this very config that has no report yet: stopped before its end, or before it was exported and reported."""
+    named = re.compile(rf"\d{{4}}-\d\d-\d\d_{re.escape(config.run.name)}(_\d+)?$")
+    candidates = [p.parent for p in config.run.folder.glob("*/data.json") if named.match(p.parent.name)]
+    for path in sorted(candidates, key=lambda p: p.stat().st_mtime, reverse=True):
         run = RunFolder(path)
-        if not run.finished:
-            return run
+        try:
+            if run.config() == config and not (path / "report.html").exists():
+                return run
+        except UserError:  # of another version
+            continue
     return None
 
 

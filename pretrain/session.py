@@ -21,7 +21,7 @@ from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.parallel.engine import NativeEngine
 from regrowth.pretrain.attention import choose_attention
-from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint
+from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint, verify
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.initialise import initialise
 from regrowth.pretrain.lineage import Lineage
@@ -39,10 +39,14 @@ class Session:
 
     def __init__(self, config: RunConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device, checkpoint: Path | None) -> None:
         self.config, self.corpus = config, corpus
+        begins = checkpoint is None
+        checkpoint = checkpoint or config.run.start_from
         state = read_state(checkpoint) if checkpoint else None
         self.model_config = state.model if state else config.model
         self.lineage = state.lineage if state else Lineage(corpus=corpus.folder.name, version=__version__)
-        self.step = int(state.trainer["step"]) if state else 0
+        self.step = int(state.trainer["step"]) if state and not begins else 0
+        if begins and checkpoint:
+            self.lineage = self.lineage.continued(verify(checkpoint)["id"])
         if corpus.tokenizer.size > self.model_config.vocabulary:
             raise UserError(
                 f"model.vocabulary = {self.model_config.vocabulary} is smaller than the tokenizer's {corpus.tokenizer.size} ids "
@@ -52,7 +56,8 @@ class Session:
         self.engine = self._build_engine(mesh, device)
         self.recipe = PrecisionRecipe(name="unset")
         if checkpoint and state:
-            self.loader.load_state_dict(state.loader)
+            if not begins:
+                self.loader.load_state_dict(state.loader)
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.set_optimizer_steps(int(state.trainer["optimizer_steps"]))

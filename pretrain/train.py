@@ -7,6 +7,7 @@ leaves its newest whole checkpoint; `train` on the same folder goes on from ther
 
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,10 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.errors import RunFailed, Stopped
+from regrowth.errors import RunFailed, Stopped, UserError
+from regrowth.files import exclusive
 from regrowth.parallel.agree import barrier, on_first_rank
 from regrowth.parallel.mesh import build_mesh, choose_device, process_group
-from regrowth.pretrain.checkpoint import checkpoint_path, newest_whole, prune
+from regrowth.pretrain.checkpoint import checkpoint_path, newest_whole, prune, set_aside
 from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
@@ -53,9 +55,9 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
         UserError: config, corpus and checkpoint do not fit.
         RunFailed: a checkpoint could not be written, or the loss is not finite step after step.
     """
+    stop = StopRequest()
     run = RunFolder.open(folder)
     config = run.config()
-    stop = StopRequest()
     prepare_process(config, ranks_here)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)
@@ -63,9 +65,12 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
         try:
             config.parallel.check_world(world_size)
         except ValueError as error:
-            raise RunFailed(f"{folder}/config.toml: {error}.") from error
-        corpus = Corpus.open(corpus_folder)
-        Trainer(run, config, corpus, build_mesh(config.parallel, device), device, rank, stop).run_to_the_end()
+            raise UserError(f"{folder}/config.toml: {error}.") from error
+        with ExitStack() as held:
+            refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
+            on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
+            corpus = Corpus.open(corpus_folder)
+            Trainer(run, config, corpus, build_mesh(config.parallel, device), device, rank, stop).run_to_the_end()
 
 
 class Trainer:
@@ -114,6 +119,7 @@ class Trainer:
         checkpoint, refused = newest_whole(self.run.path)
         for letter in refused:
             self._event("checkpoint refused", reason=letter, used=checkpoint.name if checkpoint else "none, from the start")
+        set_aside(self.run.path, newer_than=checkpoint)
         step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if self.run.rows("metrics"):
             self._event("resumed", step=step, checkpoint=checkpoint.name if checkpoint else None)
@@ -241,7 +247,8 @@ class Trainer:
         engine = self.session.engine
         scores = evaluate(engine, batch, self.corpus, self.config.parallel.micro_batch, self.device)
         if self.rank == 0:
-            row = {"step": step, "final": final, "note": note, "bits_per_byte": total(scores).bits_per_byte, "loss": total(scores).loss,
+            overall = total(scores, self.corpus)
+            row = {"step": step, "final": final, "note": note, "bits_per_byte": overall.bits_per_byte, "loss": overall.loss,
                    "domains": {d: {"bits_per_byte": s.bits_per_byte, "loss": s.loss, "bytes": s.bytes_} for d, s in scores.items()}}  # fmt: skip
             known = {(r["step"], r["note"], r["final"]) for r in self.run.rows("evaluations")}
             if (step, note, final) in known:  # measured before a stop, and again on the way from the same checkpoint

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: write → fsync → rename, for every file and folder that something later trusts."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from regrowth.errors import RunFailed, UserError
+
+
+@contextmanager
+def exclusive(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path`; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: `refusal`, if it is given and another process holds the lock; without it, wait.
+    """
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError as error:
+            raise UserError(refusal or "") from error
+        yield
 
 
 def fsync_path(path: Path) -> None:

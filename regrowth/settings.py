@@ -110,11 +110,24 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, _Whole):
             merged[key] = dict(value)
         elif isinstance(value, dict) and isinstance(below, list):
-            merged[key] = [merge(item, value[str(i)]) if str(i) in value else item for i, item in enumerate(below)]
+            merged[key] = _merge_list(key, below, value)
         elif isinstance(value, dict) and isinstance(below, dict):
             merged[key] = merge(below, value)
         else:
             merged[key] = value
+    return merged
+
+
+def _merge_list(key: str, below: list[Any], changes: dict[str, Any]) -> list[Any]:
+    merged = list(below)
+    for index, change in changes.items():
+        if not index.isdecimal() or int(index) >= len(below):
+            have = f"0 to {len(below) - 1}" if below else "none, the list is empty"
+            raise UserError(
+                f"override {key}.{index}: {key} is a list, and its entries are addressed by number ({have}); or give it whole, {key}=[...]."
+            )
+        entry = below[int(index)]
+        merged[int(index)] = merge(entry, change) if isinstance(change, dict) and isinstance(entry, dict) else change
     return merged
 
 

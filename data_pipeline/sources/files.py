@@ -128,4 +128,6 @@ class ParquetFiles:
             for text, domain in zip(texts, domains, strict=True):
                 number += 1
                 source = f"{path}#{number}"
-                yield Raw(text or "", domain or fallback, source, dropped="" if isinstance(text, str) else f"no_{self.config.text_key}")
+                yield Raw(
+                    text or "", str(domain or fallback), source, dropped="" if isinstance(text, str) else f"no_{self.config.text_key}"
+                )

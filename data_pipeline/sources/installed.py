@@ -15,6 +15,7 @@ from pathlib import Path
 from regrowth.data_pipeline.config import InstalledSource
 from regrowth.data_pipeline.document import Raw
 from regrowth.data_pipeline.sources.base import Item
+from regrowth.files import fingerprint
 
 _BYTES_PER_ITEM = 2 << 20
 _MAX_FILE_BYTES = 1 << 20  # larger ones are generated tables
@@ -33,20 +34,20 @@ class InstalledText:
         metadata = self._take(path for root in self.roots for path in root.glob("*.dist-info/METADATA"))
         items, held, size = [], [], 0
         for path, length in sources:
-            held.append(str(path))
+            held.append((path, length))
             size += length
             if size >= _BYTES_PER_ITEM:
-                items.append(Item(tuple(held), size, "code"))
+                items.append(_item("code", held))
                 held, size = [], 0
         if held:
-            items.append(Item(tuple(held), size, "code"))
-        items.append(Item(tuple(str(path) for path, _ in metadata), sum(length for _, length in metadata), "docs"))
+            items.append(_item("code", held))
+        items.append(_item("docs", metadata))
         items.append(Item(("pydoc_data.topics",), 0, "reference"))
         return items
 
     def read(self, item: Item) -> Iterator[Raw]:
         """The documents of an item; names are relative to their root, so that they agree between machines."""
-        if item.stamp == "docs":
+        if item.stamp.startswith("docs"):
             yield from (document for name in item.paths if (document := self._readme(Path(name))))
         elif item.stamp == "reference":
             yield from _topics()
@@ -101,6 +102,12 @@ class InstalledText:
         if entries:
             module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
             yield Raw("\n\n".join([module, *entries]), "reference", f"{name}#docstrings")
+
+
+def _item(kind: str, files: list[tuple[Path, int]]) -> Item:
+    """An item stamped with its kind and each file's size (times differ between equal installations)."""
+    sizes = [length for _, length in files]
+    return Item(tuple(str(path) for path, _ in files), sum(sizes), f"{kind} {fingerprint(sizes)}")
 
 
 def _roots() -> list[Path]:

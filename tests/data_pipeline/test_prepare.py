@@ -71,6 +71,20 @@ def test_a_finished_corpus_is_opened_not_rebuilt_and_another_config_is_another_f
     assert corpus_folder(config.model_copy(update={"workers": 7})) == corpus.folder
 
 
+def test_a_shard_that_was_removed_is_written_again_and_one_that_was_swapped_is_refused(documents: Path, tmp_path: Path) -> None:
+    import shutil
+
+    config = DataConfig.model_validate(small_data_values(documents, tmp_path))
+    corpus = prepare(config)
+    before = rows_of(corpus, "train")
+    shutil.rmtree(corpus.folder / "train/prose")
+    assert rows_of(prepare(config), "train") == before
+    for suffix in ("arrow", "json"):
+        shutil.copy(corpus.folder / f"heldout/prose/00000.{suffix}", corpus.folder / f"train/prose/00000.{suffix}")
+    with pytest.raises(UserError, match=r"not the shard that .*corpus.json lists"):
+        corpus.shards("train", "prose")
+
+
 def test_two_workers_write_what_one_writes(documents: Path, tmp_path: Path, corpus: Corpus) -> None:
     two = prepare(DataConfig.model_validate({**small_data_values(documents, tmp_path), "workers": 2}))
     assert two.folder.name == corpus.folder.name

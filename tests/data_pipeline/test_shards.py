@@ -74,6 +74,16 @@ def test_an_altered_token_is_found_at_first_touch_and_by_verify(tmp_path: Path) 
         shard.verify()
 
 
+def test_an_altered_document_border_is_found_too(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[Shard(path).index.blocks[1].row_offsets_offset + 8] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="block 1"):
+        Shard(path).block(1)
+
+
 def test_a_missing_shard_or_index_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "00000.arrow").unlink()

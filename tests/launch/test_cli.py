@@ -1,12 +1,14 @@
 """The command line: quick to answer, one clear message for each fault, exit codes that schedulers can use."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from regrowth.launch.main import main
+from regrowth.pretrain.run_folder import RunFolder
 from tests.launch.helpers import one_letter, only_run, regrowth, write_config
 
 
@@ -75,7 +77,7 @@ def test_the_users_faults_exit_with_two_and_one_paragraph(
 
 def test_debug_shows_the_traceback() -> None:
     done = regrowth("--debug", "train", "nowhere.toml")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.returncode == 2 and "Traceback" in done.stderr
 
 
 def test_a_dry_run_shows_everything_and_starts_nothing(
@@ -120,6 +122,18 @@ def test_the_whole_way_on_the_command_line(
     assert code == 2 and "an export never overwrites" in one_letter(output)
     code, output = call(capsys, monkeypatch, "grow", run.path, "--factor", "3", "--out", tmp_path / "grown")
     assert code == 0 and "12 layers" in output
+    before = sorted(run.path.glob("checkpoints/*"))
+    code, output = call(capsys, monkeypatch, "grow", run.path)
+    assert code == 0 and (run.path / "grown/step-000008-stack2/manifest.json").exists()
+    assert sorted(run.path.glob("checkpoints/*")) == before, "growing offline leaves the run as it is"
+    again = ["train", config, "run.name=again", f"run.start_from={tmp_path / 'grown'}", "growth=[]", "run.steps=4"]
+    code, output = call(capsys, monkeypatch, *again)
+    assert code == 0, output
+    (second,) = (tmp_path / "runs").glob("*_again")
+    code, output = call(capsys, monkeypatch, "lineage", second)
+    assert code == 0 and output.count("grown by stack") == 2 and "continued by a new run" in output
+    assert RunFolder(second).rows("metrics")[0]["layers"] == 12
+    shutil.rmtree(second)
     code, output = call(capsys, monkeypatch, "report", run.path)
     html = (run.path / "report.html").read_text()
     assert code == 0 and html.count("<svg") == 6
@@ -134,14 +148,19 @@ def test_the_whole_way_on_the_command_line(
     assert code == 0 and len(run.rows("metrics")) == 10 and run.finished, output
 
 
-def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
+def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from regrowth.errors import UserError, need
 
-    for package, extra in (("deepspeed", "deepspeed"), ("megatron.core", "megatron"), ("lm_eval", "eval")):
-        try:
+    for package, extra in (
+        ("deepspeed", "deepspeed"),
+        ("megatron.core", "megatron"),
+        ("lm_eval", "eval"),
+        ("mpi4py", "mpi"),
+        ("fasttext", "fasttext"),
+    ):
+        monkeypatch.setitem(sys.modules, package.split(".")[0], None)  # as if it were not installed
+        with pytest.raises(UserError, match=rf"this needs .*pip install -e '\.\[{extra}\]'"):
             need(package, "this")
-        except UserError as error:
-            assert f"pip install -e '.[{extra}]'" in str(error)
     with pytest.raises(UserError, match=r"needs the package not_a_package\. Install it with: pip install not_a_package"):
         need("not_a_package", "this")
 

@@ -121,6 +121,25 @@ def test_resuming_on_another_plan_reads_the_same_sequences(
     assert ours["cursors"] == theirs["cursors"]
 
 
+def test_a_refused_checkpoint_is_set_aside_and_does_not_push_out_a_whole_one(run: RunFolder, corpus: Corpus, ranks: Ranks) -> None:
+    cut_back(run, 12)
+    for path in list_checkpoints(run.path):
+        (path / "model.json").write_text("{}")
+    go(run, corpus, ranks)
+    assert [p.name for p in sorted((run.path / "checkpoints").iterdir())] == [
+        *("refused-step-000004", "refused-step-000008", "refused-step-000012"),
+        *("step-000004", "step-000008", "step-000012"),
+    ]
+
+
+def test_a_run_that_is_running_is_not_started_twice(run: RunFolder, corpus: Corpus, ranks: Ranks) -> None:
+    from regrowth.files import exclusive
+    from regrowth.parallel.ranks import RankError
+
+    with exclusive(run.path / ".lock"), pytest.raises(RankError, match="another process is running this run"):
+        go(run, corpus, ranks)
+
+
 def test_only_the_newest_are_kept_and_a_killed_writers_rest_is_cleared(run: RunFolder, corpus: Corpus, ranks: Ranks) -> None:
     cut_back(run, 8)
     litter = run.path / "checkpoints/.step-000012.partial"
