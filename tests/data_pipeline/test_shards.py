@@ -60,12 +60,16 @@ def test_half_a_shard_is_refused_by_name(tmp_path: Path) -> None:
         Shard(path)
 
 
+def flip_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
 def test_an_altered_token_is_found_at_first_touch_and_by_verify(tmp_path: Path) -> None:
     write(tmp_path)
     path = tmp_path / "00000.arrow"
-    data = bytearray(path.read_bytes())
-    data[Shard(path).index.blocks[2].values_offset + 7] ^= 1
-    path.write_bytes(data)
+    flip_bit(path, Shard(path).index.blocks[2].values_offset + 7)
     shard = Shard(path)
     shard.block(0)
     with pytest.raises(UserError, match=r"00000\.arrow: damaged, the tokens of block 2"):
@@ -77,9 +81,7 @@ def test_an_altered_token_is_found_at_first_touch_and_by_verify(tmp_path: Path) 
 def test_an_altered_document_border_is_found_too(tmp_path: Path) -> None:
     write(tmp_path)
     path = tmp_path / "00000.arrow"
-    data = bytearray(path.read_bytes())
-    data[Shard(path).index.blocks[1].row_offsets_offset + 8] ^= 1
-    path.write_bytes(data)
+    flip_bit(path, Shard(path).index.blocks[1].row_offsets_offset + 8)
     with pytest.raises(UserError, match="block 1"):
         Shard(path).block(1)
 
