@@ -1,4 +1,4 @@
-"""What the data pipeline can be told: sources, transforms, tokenizer, shards, mixing and loading."""
+"""What the data pipeline can be told: sources and transforms (in their own files), tokenizer, shards, executor, mixing and loading."""
 
 import math
 from pathlib import Path
@@ -6,91 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from regrowth.data_pipeline.source_config import Source
+from regrowth.data_pipeline.transform_config import ExactDedup, MinHashDedup, Normalise, Quality, Transform
 from regrowth.settings import PlainName, Settings
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class InstalledSource(Settings):
-    """The text that this Python installation carries: three domains (code, docs, reference), offline, on every machine."""
-
-    kind: Literal["installed"]
-    max_megabytes: Annotated[float, Field(gt=0)] | None = None  # per domain, None for all there is
-
-
-class TextSource(Settings):
-    """A folder of text files, one document a file, or one text file."""
-
-    kind: Literal["text"]
-    path: Path
-    domain: str | None = None  # None: the name of the folder just below `path`
-    suffixes: list[str] = [".txt", ".md", ".rst"]
-
-
-class JsonlSource(Settings):
-    """JSON lines, plain or packed (.gz, .zst, .xz, .bz2), one document a line; a file, a folder or a glob."""
-
-    kind: Literal["jsonl"]
-    path: Path
-    text_key: str = "text"
-    domain: str | None = None  # None: the row's `domain_key`, else the file's name
-    domain_key: str = "domain"
-    max_megabytes: Annotated[float, Field(gt=0)] | None = None  # of text, per file
-    max_line_megabytes: Annotated[float, Field(gt=0)] = 16.0  # a longer line is dropped, by name
-
-
-class ParquetSource(Settings):
-    """Parquet files, one document a row; a file, a folder or a glob."""
-
-    kind: Literal["parquet"]
-    path: Path
-    text_key: str = "text"
-    domain: str | None = None
-    domain_key: str = "domain"
-
-
-class DatasetsSource(Settings):
-    """A dataset that Hugging Face `datasets` can load: a hub name, or a folder saved with `save_to_disk`."""
-
-    kind: Literal["datasets"]
-    path: str
-    name: str | None = None
-    split: str = "train"
-    text_key: str = "text"
-    domain: str | None = None
-    domain_key: str = "domain"
-    max_documents: Annotated[int, Field(gt=0)] | None = None
-
-
-Source = Annotated[InstalledSource | TextSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="kind")]
-
-
-class Normalise(Settings):
-    """Unicode NFC, line ends to LF, control characters removed, trailing spaces and runs of blank lines trimmed."""
-
-    kind: Literal["normalise"]
-
-
-class Quality(Settings):
-    """Drop what is not readable text: too short, too long, binary, or the same line over and over."""
-
-    kind: Literal["quality"]
-    min_characters: Annotated[int, Field(ge=0)] = 100
-    max_characters: Annotated[int, Field(gt=0)] = 2_000_000
-    max_line_characters: Annotated[int, Field(gt=0)] = 100_000
-    max_replacement_fraction: Fraction = 0.01  # U+FFFD, which stands where bytes were not UTF-8
-    min_alphabetic_fraction: Fraction = 0.25
-    # Of non-blank lines that repeat an earlier one. Gopher has .30 for prose (arXiv 2112.11446, table A1); source code repeats more.
-    max_duplicate_line_fraction: Fraction = 0.50
-
-
-class ExactDedup(Settings):
-    """Keep the first document of each content hash (xxh3-128 of the normalised text), over all sources."""
-
-    kind: Literal["exact_dedup"]
-
-
-Transform = Annotated[Normalise | Quality | ExactDedup, Field(discriminator="kind")]
 
 
 class TokenizerConfig(Settings):
@@ -99,6 +17,8 @@ class TokenizerConfig(Settings):
     vocabulary: Annotated[int, Field(ge=260, le=2**31 - 1)] = 4096
     sample_megabytes: Annotated[float, Field(gt=0)] = 16.0
     path: Path | None = None
+    # The encoder: "auto" takes fastokens where it is installed and gives identical ids on a sample of the corpus, else `tokenizers`.
+    engine: Literal["auto", "tokenizers", "fastokens"] = "auto"
 
 
 class ShardConfig(Settings):
@@ -108,17 +28,36 @@ class ShardConfig(Settings):
     shard_tokens: Annotated[int, Field(ge=1024)] = 1 << 27
 
 
+class ExecutorConfig(Settings):
+    """Where the work is done. It changes nothing of what is written, and may differ between a run and its continuation."""
+
+    kind: Literal["local", "mpi", "slurm"] = "local"
+    max_failed: Annotated[int, Field(ge=0)] = 0  # items of the sources that may fail for good; they are left out, and named
+    attempts: Annotated[int, Field(ge=1)] = 3  # of a task whose process dies
+    # Slurm only.
+    throttle: Annotated[int, Field(ge=1)] | None = None  # tasks running at once
+    partition: str | None = None
+    account: str | None = None
+    minutes: Annotated[int, Field(ge=1)] = 240
+    cpus_per_task: Annotated[int, Field(ge=1)] = 1
+    memory_gigabytes: Annotated[float, Field(gt=0)] | None = None  # per task; None leaves it to the cluster
+    setup: list[str] = []  # shell lines before each task: modules, environments
+
+
 class DataConfig(Settings):
     """From raw documents to a corpus of shards."""
 
     out: Path = Path("prepared")
     name: PlainName = "corpus"
+    folder: Path | None = None  # the corpus's own folder, instead of one below `out` named by the fingerprint
     sources: list[Source]
     transforms: list[Transform] = [Normalise(kind="normalise"), Quality(kind="quality"), ExactDedup(kind="exact_dedup")]
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
     tokenizer: TokenizerConfig = TokenizerConfig()
     shards: ShardConfig = ShardConfig()
+    item_megabytes: Annotated[float, Field(gt=0)] = 64.0  # large inputs are split, small files grouped, to pieces of about this size
     workers: Annotated[int, Field(ge=1)] = 2
+    executor: ExecutorConfig = ExecutorConfig()
     seed: int = 0
 
     @field_validator("sources")
@@ -126,6 +65,14 @@ class DataConfig(Settings):
     def _some_source(cls, value: list[Source]) -> list[Source]:
         if not value:
             raise ValueError("name at least one [[data.sources]]")
+        return value
+
+    @field_validator("transforms")
+    @classmethod
+    def _each_dedup_once(cls, value: list[Transform]) -> list[Transform]:
+        for kind in (ExactDedup, MinHashDedup):
+            if sum(isinstance(t, kind) for t in value) > 1:
+                raise ValueError(f"{kind.model_fields['kind'].annotation.__args__[0]} stands twice; once is enough")
         return value
 
 

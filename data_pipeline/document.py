@@ -1,14 +1,15 @@
 """The document: a pyarrow schema, not a class. A batch of documents is a `pa.RecordBatch` with these columns.
 
-`id` names a document for good (hash of where it came from); `lineage` is the chain of what made it, oldest first; `level` is its
-processing level (Data Darwinism: 0 acquired, 1 normalised, 2 filtered and deduplicated, ...); `meta` is a JSON object of whatever
-else its source knew.
+`id` names a document for good (hash of where it came from); `source` is that place: a file, or file@offset (a byte of the unpacked stream, a
+row of a table); `lineage` is the chain of what rewrote it, oldest first; `level` is its processing level (Data Darwinism: 0 acquired,
+1 normalised, 2 filtered and deduplicated, ...); `scores` are what classifiers said; `meta` is a JSON object of whatever else its source knew.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -20,6 +21,7 @@ DOCUMENT = pa.schema(
         pa.field("source", pa.string(), nullable=False),
         pa.field("level", pa.int8(), nullable=False),
         pa.field("lineage", pa.list_(pa.string()), nullable=False),
+        pa.field("scores", pa.map_(pa.string(), pa.float32()), nullable=False),
         pa.field("meta", pa.string(), nullable=False),
     ]
 )
@@ -33,7 +35,7 @@ class Raw(NamedTuple):
 
     text: str
     domain: str
-    source: str  # where it came from: a path, or path#line
+    source: str  # where it came from: a path, or path@offset
     meta: dict[str, Any] = {}
     dropped: str = ""
 
@@ -43,7 +45,7 @@ def document_id(source: str) -> str:
     return xxhash.xxh3_128_hexdigest(source.encode("utf-8", "surrogatepass"))
 
 
-def to_batches(documents: Iterable[Raw], bytes_per_batch: int = 8 << 20) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
+def to_batches(documents: Iterable[Raw], bytes_per_batch: int = 8 << 20, level: int = 0) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
     """Group raw documents into pairs (usable documents, documents the source dropped) of about `bytes_per_batch` of text."""
     held: list[Raw] = []
     size = 0
@@ -51,29 +53,44 @@ def to_batches(documents: Iterable[Raw], bytes_per_batch: int = 8 << 20) -> Iter
         held.append(document)
         size += len(document.text) + 64
         if size >= bytes_per_batch:
-            yield _batch([d for d in held if not d.dropped]), _dropped_batch([d for d in held if d.dropped])
+            yield _parted(held, level)
             held, size = [], 0
     if held:
-        yield _batch([d for d in held if not d.dropped]), _dropped_batch([d for d in held if d.dropped])
+        yield _parted(held, level)
 
 
-def _batch(documents: list[Raw]) -> pa.RecordBatch:
+def _parted(documents: list[Raw], level: int) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    unusable = [d for d in documents if d.dropped]
+    usable = [d for d in documents if not d.dropped] if unusable else documents
+    return _batch(usable, level), mark_dropped(_batch(unusable, level), "source", [d.dropped for d in unusable])
+
+
+def _text(value: str) -> str:
+    """Text that Arrow can hold: lone surrogates (from broken JSON escapes) become U+FFFD."""
+    if value.isascii():
+        return value
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _batch(documents: list[Raw], level: int) -> pa.RecordBatch:
+    count = len(documents)
     return pa.RecordBatch.from_arrays(
         [
             pa.array([document_id(d.source) for d in documents], pa.string()),
-            pa.array([d.text.encode("utf-8", "replace").decode() for d in documents], pa.large_string()),
-            pa.array([d.domain for d in documents], pa.string()),
-            pa.array([d.source.encode("utf-8", "replace").decode() for d in documents], pa.string()),
-            pa.array([0] * len(documents), pa.int8()),
-            pa.array([[] for _ in documents], pa.list_(pa.string())),
+            pa.array([_text(d.text) for d in documents], pa.large_string()),
+            pa.array([_text(d.domain) for d in documents], pa.string()),
+            pa.array([_text(d.source) for d in documents], pa.string()),
+            pa.array(np.full(count, level, dtype=np.int8)),
+            pa.ListArray.from_arrays(np.zeros(count + 1, dtype=np.int32), pa.array([], pa.string())),
+            pa.MapArray.from_arrays(np.zeros(count + 1, dtype=np.int32), pa.array([], pa.string()), pa.array([], pa.float32())),
             pa.array([json.dumps(d.meta) if d.meta else "{}" for d in documents], pa.string()),
         ],
         schema=DOCUMENT,
     )
-
-
-def _dropped_batch(documents: list[Raw]) -> pa.RecordBatch:
-    return mark_dropped(_batch(documents), "source", [d.dropped for d in documents])
 
 
 def mark_dropped(batch: pa.RecordBatch, transform: str, reasons: list[str]) -> pa.RecordBatch:

@@ -6,6 +6,8 @@ where each block's token values and row offsets lie in the file, so that reading
 not depend on document length. A block's xxh3 is checked at its first touch, the file's sha256 by `verify`.
 """
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,16 @@ from regrowth.files import atomic_path, read_json, sha256_of, write_json
 FORMAT = 1
 
 
-def shard_schema(vocabulary: int, metadata: dict[str, str]) -> pa.Schema:
-    """The columns of a shard; token ids are uint16 where the vocabulary fits."""
+def shard_schema(vocabulary: int, metadata: dict[str, str], scores: Sequence[str] = ()) -> pa.Schema:
+    """The columns of a shard; token ids are uint16 where the vocabulary fits, `scores` a struct of the named ones (null where one is missing)."""
     token = pa.uint16() if vocabulary <= 1 << 16 else pa.int32()
-    scores = pa.struct([pa.field("quality", pa.float32())])
+    kind = pa.struct([pa.field(name, pa.float32()) for name in (scores or ("quality",))])
     fields = [
         pa.field("tokens", pa.large_list(token), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
         pa.field("lineage", pa.list_(pa.string()), nullable=False),
-        pa.field("scores", scores),
+        pa.field("scores", kind),
         pa.field("weight", pa.float32(), nullable=False),
     ]
     return pa.schema(fields, metadata={"regrowth.format": str(FORMAT), **metadata})
@@ -63,68 +65,72 @@ class ShardIndex:
 
 
 class ShardWriter:
-    """Collects documents of one domain into blocks and blocks into shards `00000.arrow`, `00001.arrow`, ... in `folder`."""
+    """Collects documents of one domain into blocks and blocks into shards `NAME-000.arrow`, `NAME-001.arrow`, ... in `folder`.
 
-    def __init__(self, folder: Path, domain: str, vocabulary: int, tokenizer_hash: str, block_tokens: int, shard_tokens: int) -> None:
-        self.folder, self.domain, self.tokenizer_hash = folder, domain, tokenizer_hash
+    A block is written when it is full, so that at most one block is held in memory; a shard appears when it is whole.
+    """
+
+    def __init__(self, folder: Path, name: str, schema: pa.Schema, block_tokens: int, shard_tokens: int) -> None:
+        self.folder, self.name, self.schema = folder, name, schema
         self.block_tokens, self.shard_tokens = block_tokens, shard_tokens
-        metadata = {"regrowth.tokenizer": tokenizer_hash, "regrowth.domain": domain, "regrowth.vocabulary": str(vocabulary)}
-        self.schema = shard_schema(vocabulary, metadata)
-        self.indexes: list[ShardIndex] = []
-        self._rows: list[tuple[list[int], str, list[str]]] = []
-        self._batches: list[pa.RecordBatch] = []
-        self._held = self._in_shard = self._text_bytes = 0
+        self.indexes: list[tuple[str, ShardIndex]] = []  # file name and index
+        self._held: list[pa.RecordBatch] = []
+        self._stack, self._writer = contextlib.ExitStack(), None
+        self._held_tokens = self._held_bytes = self._in_shard = self._documents = self._text_bytes = 0
 
-    def add(self, tokens: list[int], document: str, lineage: list[str], text_bytes: int) -> None:
-        """Add one document, already framed by the tokenizer's rule for document borders."""
-        self._rows.append((tokens, document, lineage))
-        self._held += len(tokens)
-        self._text_bytes += text_bytes
-        if self._held >= self.block_tokens:
-            self._end_block()
-            if self._in_shard >= self.shard_tokens:
-                self._end_shard()
+    def add(self, rows: pa.RecordBatch, text_bytes: np.ndarray) -> None:
+        """Add documents (of this writer's schema), already framed by the tokenizer's rule for document borders; `text_bytes` int64 [rows]."""
+        ends = np.cumsum(np.diff(rows.column("tokens").offsets.to_numpy()))
+        begin = 0
+        while begin < len(rows):
+            before = int(ends[begin - 1]) if begin else 0
+            # The block ends behind the document that fills it.
+            stop = min(int(np.searchsorted(ends, before + self.block_tokens - self._held_tokens)) + 1, len(rows))
+            self._held.append(rows.slice(begin, stop - begin))
+            self._held_tokens += int(ends[stop - 1]) - before
+            self._held_bytes += int(text_bytes[begin:stop].sum())
+            begin = stop
+            if self._held_tokens >= self.block_tokens:
+                self._end_block()
+                if self._in_shard >= self.shard_tokens:
+                    self._end_shard()
 
-    def close(self) -> list[ShardIndex]:
-        """Write what is left and return the indexes of all shards."""
+    def close(self) -> list[tuple[str, ShardIndex]]:
+        """Write what is left and return the names and indexes of all shards."""
         self._end_block()
         self._end_shard()
         return self.indexes
 
+    def abandon(self) -> None:
+        """Remove what is not whole."""
+        self._stack.pop_all().__exit__(RuntimeError, RuntimeError("abandoned"), None)
+
     def _end_block(self) -> None:
-        if not self._rows:
+        if not self._held:
             return
-        tokens, ids, lineages = zip(*self._rows, strict=True)
-        count = len(tokens)
-        offsets = np.zeros(count + 1, dtype=np.int64)
-        np.cumsum([len(t) for t in tokens], out=offsets[1:])
-        value_type = self.schema.field("tokens").type.value_type
-        values = np.fromiter((t for row in tokens for t in row), dtype=value_type.to_pandas_dtype(), count=int(offsets[-1]))
-        columns = [
-            pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
-            pa.array(ids, pa.string()),
-            pa.array([self.domain] * count, pa.string()),
-            pa.array(lineages, pa.list_(pa.string())),
-            pa.nulls(count, self.schema.field("scores").type),
-            pa.array(np.ones(count, dtype=np.float32)),
-        ]
-        self._batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
-        self._in_shard += self._held
-        self._rows, self._held = [], 0
+        if self._writer is None:
+            self._path = self.folder / f"{self.name}-{len(self.indexes):03d}.arrow"
+            partial = self._stack.enter_context(atomic_path(self._path))
+            self._writer = self._stack.enter_context(pa.ipc.new_stream(str(partial), self.schema))
+        block = pa.Table.from_batches(self._held).combine_chunks().to_batches()
+        assert len(block) == 1  # one record batch is one block
+        self._writer.write_batch(block[0])
+        self._documents += len(block[0])
+        self._in_shard += self._held_tokens
+        self._text_bytes += self._held_bytes
+        self._held, self._held_tokens, self._held_bytes = [], 0, 0
 
     def _end_shard(self) -> None:
-        if not self._batches:
+        if self._writer is None:
             return
-        path = self.folder / f"{len(self.indexes):05d}.arrow"
-        with atomic_path(path) as partial, pa.ipc.new_stream(str(partial), self.schema) as writer:
-            for batch in self._batches:
-                writer.write_batch(batch)
+        self._stack.close()
+        path, metadata = self._path, self.schema.metadata
         index = ShardIndex(
             format=FORMAT,
-            domain=self.domain,
-            tokenizer_hash=self.tokenizer_hash,
+            domain=metadata[b"regrowth.domain"].decode(),
+            tokenizer_hash=metadata[b"regrowth.tokenizer"].decode(),
             token_bytes=self.schema.field("tokens").type.value_type.bit_width // 8,
-            documents=sum(len(batch) for batch in self._batches),
+            documents=self._documents,
             tokens=self._in_shard,
             text_bytes=self._text_bytes,
             size=path.stat().st_size,
@@ -132,8 +138,14 @@ class ShardWriter:
             blocks=index_blocks(path),
         )
         write_json(path.with_suffix(".json"), asdict(index))
-        self.indexes.append(index)
-        self._batches, self._in_shard, self._text_bytes = [], 0, 0
+        self.indexes.append((path.name, index))
+        self._writer = None
+        self._documents = self._in_shard = self._text_bytes = 0
+
+
+def shard_metadata(domain: str, vocabulary: int, tokenizer_hash: str) -> dict[str, str]:
+    """What a shard's schema says of itself."""
+    return {"regrowth.tokenizer": tokenizer_hash, "regrowth.domain": domain, "regrowth.vocabulary": str(vocabulary)}
 
 
 def index_blocks(path: Path) -> list[BlockIndex]:
@@ -218,7 +230,7 @@ class Shard:
             raise UserError(f"{self.path}: altered, its sha256 is not the index's. {REMEDY}")
 
 
-REMEDY = "Remove this shard's folder and run `regrowth data prepare` again; it rebuilds what is missing."
+REMEDY = "Remove this shard (and its .json) and run `regrowth data prepare` again; it rebuilds what is missing."
 
 
 def shard_summary(index: ShardIndex, path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ tokens: a document of text tokens t1..tn is stored as [END_OF_TEXT, t1..tn] and 
 predicted too, nothing is predicted across documents, and no position is wasted. END_OF_TEXT counts zero bytes in bits per byte.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,12 @@ class Tokenizer:
         """Each text as [END_OF_TEXT, t1..tn]; text that spells a special token is encoded as text."""
         start = [self.end_of_text]
         return [start + encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same as one array: ids (uint32 [n]) and where each document starts (int64 [texts + 1])."""
+        encoded = self.encode_documents(texts)
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint32, count=int(offsets[-1])), offsets
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""

@@ -8,8 +8,7 @@ from rich.table import Table
 
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.curate import list_items
-from regrowth.data_pipeline.prepare import corpus_folder
+from regrowth.data_pipeline.pipeline import corpus_folder, list_items
 from regrowth.data_pipeline.prepare import prepare as prepare_corpus
 
 

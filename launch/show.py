@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 def show_dry_run(config: "RunConfig") -> None:
     """The resolved config, the plan, the predicted memory and the data that would be read."""
-    from regrowth.data_pipeline.curate import list_items
-    from regrowth.data_pipeline.prepare import corpus_folder
+    from regrowth.data_pipeline.pipeline import corpus_folder, list_items
     from regrowth.settings import to_toml
 
     console = Console()

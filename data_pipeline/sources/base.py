@@ -1,75 +1,65 @@
 """Sources: each lists its work items, and reads one item at a time, so that any rank can take any item.
 
-An item is the unit of work, of resumption and of output: its documents become one curated shard. Items are listed in a stable order; the
-listing (paths and sizes) is part of a corpus's fingerprint, so a changed input makes a new corpus instead of a stale one.
+An item is the unit of work, of resumption and of output: its documents become one curated part. Items are listed in a stable order; the
+listing (paths, sizes, stamps, pieces) is part of a corpus's fingerprint, so a changed input makes a new corpus instead of a stale one.
 """
 
-import bz2
-import glob
-import gzip
-import lzma
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, Protocol
 
 from regrowth.data_pipeline.document import Raw
-from regrowth.errors import UserError
+from regrowth.data_pipeline.sources.paths import Found
 
 
 @dataclass(frozen=True)
 class Item:
-    """One unit of reading: the files (or the one name) it covers, and their size in bytes as far as known."""
+    """One unit of reading: the files (or the one name) it covers, and their size in bytes as far as known.
+
+    `piece` is the part of a large file that this item reads, [start, stop): bytes of a text, row groups or batches of a table. None: all of it.
+    """
 
     paths: tuple[str, ...]
     size: int
     stamp: str = ""  # changes when the contents do
+    piece: tuple[int, int] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What the fingerprint sees."""
-        return {"paths": list(self.paths), "size": self.size, "stamp": self.stamp}
+        """What the fingerprint and the plan see."""
+        return {**asdict(self), "paths": list(self.paths), "piece": list(self.piece) if self.piece else None}
+
+    @classmethod
+    def restore(cls, described: dict[str, Any]) -> "Item":
+        """The item that `describe` described."""
+        piece = described["piece"]
+        return cls(tuple(described["paths"]), described["size"], described["stamp"], tuple(piece) if piece else None)
 
 
 class Source(Protocol):
     """What the runner needs of a source."""
 
-    def items(self) -> list[Item]: ...
+    def items(self, target_bytes: int) -> list[Item]:
+        """The work items in a stable order, each of about `target_bytes` where files can be split or grouped."""
+        ...
 
-    def read(self, item: Item) -> Iterator[Raw]: ...
-
-
-def find_files(path: Path, suffixes: tuple[str, ...], key: str) -> list[Path]:
-    """The files at `path`: itself, below it if a folder, matching it if a glob; sorted.
-
-    Raises:
-        UserError: there is nothing at `path`, or nothing with these suffixes.
-    """
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(suffixes))
-        if not found:
-            raise UserError(f"{key} = {path}: no file in this folder ends in {', '.join(suffixes)}.")
-        return found
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())  # noqa: PTH207
-    if not found:
-        raise UserError(f"{key} = {path}: there is no such file or folder (and as a pattern it matches none).")
-    return found
+    def read(self, item: Item) -> Iterator[Raw]:
+        """The documents of an item. What cannot be used comes with a reason in `dropped`."""
+        ...
 
 
-def item_of(*paths: Path) -> Item:
-    """An item over these files, stamped with their sizes and times."""
-    stats = [p.stat() for p in paths]
-    return Item(tuple(str(p) for p in paths), sum(s.st_size for s in stats), ",".join(str(s.st_mtime_ns) for s in stats))
+def item_of(*files: Found, piece: tuple[int, int] | None = None, size: int | None = None) -> Item:
+    """An item over these files."""
+    return Item(tuple(f.path for f in files), sum(f.size for f in files) if size is None else size, ",".join(f.stamp for f in files), piece)
 
 
-def grouped(paths: list[Path], bytes_per_item: int = 8 << 20) -> list[Item]:
-    """Small files packed into items of about `bytes_per_item`."""
+def grouped(files: list[Found], target_bytes: int) -> list[Item]:
+    """Small files packed into items of about `target_bytes`."""
     items, held, size = [], [], 0
-    for path in paths:
-        held.append(path)
-        size += path.stat().st_size
-        if size >= bytes_per_item:
+    for file in files:
+        held.append(file)
+        size += file.size
+        if size >= target_bytes:
             items.append(item_of(*held))
             held, size = [], 0
     if held:
@@ -77,35 +67,40 @@ def grouped(paths: list[Path], bytes_per_item: int = 8 << 20) -> list[Item]:
     return items
 
 
-def open_packed(path: Path) -> BinaryIO:
-    """Open a file for reading bytes, unpacking .gz, .zst, .xz and .bz2 as a stream."""
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    if path.suffix == ".bz2":
-        return cast(BinaryIO, bz2.open(path, "rb"))
-    if path.suffix in (".zst", ".zstd"):
-        import io
-
-        import zstandard
-
-        return cast(BinaryIO, io.BufferedReader(zstandard.open(path, "rb")))  # pyright: ignore[reportArgumentType]
-    return path.open("rb")
+def pieces(file: Found, target_bytes: int) -> list[Item]:
+    """One large file that can be read from any byte, as several items of about `target_bytes`."""
+    count = max(1, round(file.size / target_bytes))
+    if count == 1:
+        return [item_of(file)]
+    borders = [file.size * k // count for k in range(count + 1)]
+    return [item_of(file, piece=(a, b), size=b - a) for a, b in itertools.pairwise(borders)]
 
 
-def read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines with their numbers, from 1. A line over `max_bytes` comes as None and is passed over in bounded memory."""
-    with open_packed(path) as source:
-        number = 0
-        while line := source.readline(max_bytes + 1):
-            number += 1
-            if len(line) > max_bytes:
-                while line and not line.endswith(b"\n"):
-                    line = source.readline(max_bytes)
-                yield number, None
-            else:
-                yield number, line
+def read_lines(stream: BinaryIO, max_bytes: int, piece: tuple[int, int] | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with the offsets of their first bytes. A line over `max_bytes` comes as None and is passed over in bounded memory.
+
+    A piece holds the lines that begin in [start, stop): every line of a file is in exactly one of its pieces.
+    """
+    offset, stop = 0, float("inf")
+    if piece is not None:
+        offset, stop = piece
+        if offset:
+            stream.seek(offset - 1)
+            offset -= 1
+            while line := stream.readline(max_bytes):  # the rest of a line that began before
+                offset += len(line)
+                if line.endswith(b"\n"):
+                    break
+    while offset < stop and (line := stream.readline(max_bytes + 1)):
+        begin, length = offset, len(line)
+        if length > max_bytes:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(max_bytes)
+                length += len(line)
+            yield begin, None
+        else:
+            yield begin, line
+        offset = begin + length
 
 
 def decode(data: bytes) -> str:

@@ -1,17 +1,15 @@
-"""Text trees, JSON lines and parquet."""
+"""Text trees and JSON lines."""
 
 import json
-import lzma
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 
-from regrowth.data_pipeline.config import JsonlSource, ParquetSource, TextSource
 from regrowth.data_pipeline.document import Raw
-from regrowth.data_pipeline.sources.base import Item, decode, find_files, grouped, item_of, read_lines
-from regrowth.errors import UserError
+from regrowth.data_pipeline.source_config import JsonlSource, TextSource
+from regrowth.data_pipeline.sources.base import Item, decode, grouped, item_of, pieces, read_lines
+from regrowth.data_pipeline.sources.paths import PACKED, find_files, open_packed, open_raw
 
-PACKED = ("", ".gz", ".zst", ".xz", ".bz2")
+_MAX_FILE_BYTES = 256 << 20  # of a text file: it is one document, and held whole
 
 
 class TextFiles:
@@ -20,60 +18,78 @@ class TextFiles:
     def __init__(self, config: TextSource) -> None:
         self.config = config
 
-    def items(self) -> list[Item]:
+    def items(self, target_bytes: int) -> list[Item]:
         """Files in path order, small ones grouped."""
-        return grouped(find_files(self.config.path, tuple(self.config.suffixes), "data.sources.path"))
+        return grouped(find_files(self.config.path, tuple(self.config.suffixes), "data.sources.path"), target_bytes)
 
     def read(self, item: Item) -> Iterator[Raw]:
         """Every file of the item; an unreadable one is dropped with its reason."""
-        for name in item.paths:
-            path = Path(name)
+        for path in item.paths:
             try:
-                text = decode(path.read_bytes())
+                with open_raw(path) as file:
+                    data = file.read(_MAX_FILE_BYTES + 1)
             except OSError as error:
-                yield Raw("", self._domain(path), name, {"error": str(error)}, dropped="unreadable_file")
+                yield Raw("", self._domain(path), path, {"error": str(error)}, dropped="unreadable_file")
                 continue
-            yield Raw(text, self._domain(path), name)
+            if len(data) > _MAX_FILE_BYTES:
+                yield Raw("", self._domain(path), path, dropped="file_too_large")
+            else:
+                yield Raw(_from_any_encoding(data), self._domain(path), path)
 
-    def _domain(self, path: Path) -> str:
+    def _domain(self, path: str) -> str:
         if self.config.domain:
             return self.config.domain
-        below = path.relative_to(self.config.path).parts if self.config.path.is_dir() else ()
-        return below[0] if len(below) > 1 else self.config.path.stem
+        root, inner = PurePosixPath(self.config.path), PurePosixPath(path)
+        below = inner.relative_to(root).parts if inner.is_relative_to(root) else ()
+        return below[0] if len(below) > 1 else root.stem
+
+
+def _from_any_encoding(data: bytes) -> str:
+    """UTF-8, or UTF-16 and UTF-32 by their byte-order marks."""
+    for mark, encoding in (
+        (b"\xff\xfe\x00\x00", "utf-32"),
+        (b"\x00\x00\xfe\xff", "utf-32"),
+        (b"\xff\xfe", "utf-16"),
+        (b"\xfe\xff", "utf-16"),
+    ):
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    return decode(data)
 
 
 class JsonlFiles:
-    """One document a line. Broken lines are dropped by name and number; a file that ends in the middle keeps what came before."""
+    """One document a line. Broken lines are dropped by name and offset; a file that ends in the middle keeps what came before."""
 
     def __init__(self, config: JsonlSource) -> None:
         self.config = config
 
-    def items(self) -> list[Item]:
-        """One item a file."""
+    def items(self, target_bytes: int) -> list[Item]:
+        """One item a file, several for a large file that is not packed."""
         suffixes = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "ndjson") for packed in PACKED)
-        return [item_of(path) for path in find_files(self.config.path, suffixes, "data.sources.path")]
+        found = find_files(self.config.path, suffixes, "data.sources.path")
+        whole = self.config.max_megabytes is not None
+        return [
+            item for file in found for item in ([item_of(file)] if whole or file.path.endswith(PACKED[1:]) else pieces(file, target_bytes))
+        ]
 
     def read(self, item: Item) -> Iterator[Raw]:
-        """The rows of the item's file."""
-        path = Path(item.paths[0])
-        fallback = self.config.domain or path.name.split(".")[0]
+        """The rows of the item's file, or of its piece."""
+        path = item.paths[0]
+        fallback = self.config.domain or PurePosixPath(path).name.split(".")[0]
         budget = self.config.max_megabytes * 1e6 if self.config.max_megabytes else float("inf")
-        number = 0
+        offset = 0
         try:
-            for number, line in read_lines(path, int(self.config.max_line_megabytes * 1e6)):
-                document = self._parse(line, f"{path}#{number}", fallback)
-                if document is None:
-                    continue
-                yield document
-                budget -= len(document.text)
-                if budget < 0:
-                    return
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            yield Raw("", fallback, f"{path}#{number + 1}", {"error": str(error)}, dropped="damaged_file")
-        except Exception as error:
-            if type(error).__name__ != "ZstdError":
-                raise
-            yield Raw("", fallback, f"{path}#{number + 1}", {"error": str(error)}, dropped="damaged_file")
+            with open_packed(path, self.config.max_unpack_ratio) as stream:
+                for offset, line in read_lines(stream, int(self.config.max_line_megabytes * 1e6), item.piece):
+                    document = self._parse(line, f"{path}@{offset}", fallback)
+                    if document is None:
+                        continue
+                    yield document
+                    budget -= len(document.text)
+                    if budget < 0:
+                        return
+        except OSError as error:
+            yield Raw("", fallback, f"{path}@after-{offset}", {"error": str(error)}, dropped="damaged_file")
 
     def _parse(self, line: bytes | None, source: str, domain: str) -> Raw | None:
         if line is None:
@@ -91,43 +107,3 @@ class JsonlFiles:
             domain = row[self.config.domain_key]
         known = (self.config.text_key, self.config.domain_key)
         return Raw(text, domain, source, {k: v for k, v in row.items() if k not in known and isinstance(v, str | int | float)})
-
-
-class ParquetFiles:
-    """One document a row; read row group by row group."""
-
-    def __init__(self, config: ParquetSource) -> None:
-        self.config = config
-
-    def items(self) -> list[Item]:
-        """One item a file."""
-        return [item_of(path) for path in find_files(self.config.path, (".parquet",), "data.sources.path")]
-
-    def read(self, item: Item) -> Iterator[Raw]:
-        """The rows of the item's file.
-
-        Raises:
-            UserError: the file is not parquet, or lacks the text column.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = Path(item.paths[0])
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: not readable as parquet ({error}). Remove it from the source or fetch it again.") from error
-        columns = file.schema_arrow.names
-        if self.config.text_key not in columns:
-            raise UserError(f"{path}: no column {self.config.text_key!r}; set text_key to one of: {', '.join(columns)}.")
-        wanted = [self.config.text_key] + [self.config.domain_key] * (self.config.domain_key in columns)
-        fallback, number = self.config.domain or path.stem, 0
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
-            texts = batch.column(0).to_pylist()
-            domains = batch.column(1).to_pylist() if len(wanted) > 1 and not self.config.domain else [None] * len(texts)
-            for text, domain in zip(texts, domains, strict=True):
-                number += 1
-                source = f"{path}#{number}"
-                yield Raw(
-                    text or "", str(domain or fallback), source, dropped="" if isinstance(text, str) else f"no_{self.config.text_key}"
-                )

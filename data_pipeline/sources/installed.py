@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from regrowth.data_pipeline.config import InstalledSource
 from regrowth.data_pipeline.document import Raw
+from regrowth.data_pipeline.source_config import InstalledSource
 from regrowth.data_pipeline.sources.base import Item
 from regrowth.files import fingerprint
 
-_BYTES_PER_ITEM = 2 << 20
+_BYTES_PER_ITEM = 2 << 20  # parsing costs more than reading: smaller items than other sources have
 _MAX_FILE_BYTES = 1 << 20  # larger ones are generated tables
 
 
@@ -28,7 +28,7 @@ class InstalledText:
         self.limit = config.max_megabytes * 1e6 if config.max_megabytes else float("inf")
         self.roots = _roots()
 
-    def items(self) -> list[Item]:
+    def items(self, target_bytes: int) -> list[Item]:
         """Source files in items of about 2 MB, then package READMEs, then the interpreter's own topics."""
         sources = self._take(path for root in self.roots for path in root.rglob("*.py") if _is_own(path, root))
         metadata = self._take(path for root in self.roots for path in root.glob("*.dist-info/METADATA"))

@@ -1,6 +1,8 @@
 """Transforms: a function of a record batch, vectorised. A filter says what it keeps and, for the rest, the first rule that failed."""
 
+import collections
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -32,35 +34,45 @@ class Verdict:
 
 
 class Transform(Protocol):
-    """What the runner calls: a batch in; the kept batch and the dropped one out."""
+    """What the runner calls: a batch in; the kept batch and the dropped one out. `counts` sums whatever it counts beside documents.
+
+    `version` changes when the same parameters come to mean something else: it is part of a corpus's fingerprint and of every lineage.
+    """
 
     name: str
+    version: int
+    counts: "collections.Counter[str]"
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]: ...
 
 
-class Filter:
+class _Base:
+    name = "transform"
+    version = 1
+    level = 0  # the processing level that documents have reached behind it
+
+    @cached_property
+    def counts(self) -> "collections.Counter[str]":
+        """What it counted beside documents, since it was made."""
+        return collections.Counter()
+
+
+class Filter(_Base):
     """Base of transforms that only drop: subclasses judge texts."""
 
-    name = "filter"
+    level = 2
 
     def judge(self, texts: pa.LargeStringArray) -> Verdict:
         """One verdict for a batch of texts."""
         raise NotImplementedError
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
-        verdict = self.judge(batch.column("text"))
-        keep = verdict.keep
-        if keep.all():
-            return batch, None
-        dropped = batch.filter(pa.array(~keep))
-        return batch.filter(pa.array(keep)), mark_dropped(dropped, self.name, list(verdict.reasons[~keep]))
+        return part(batch, self.judge(batch.column("text")), self.name, self.level)
 
 
-class Mapper:
+class Mapper(_Base):
     """Base of transforms that rewrite texts: subclasses map a text array to a text array of the same length."""
 
-    name = "map"
     level = 1
 
     def rewrite(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
@@ -68,12 +80,54 @@ class Mapper:
         raise NotImplementedError
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
-        texts = self.rewrite(batch.column("text"))
-        columns = {name: batch.column(name) for name in batch.schema.names}
-        columns["text"] = texts
-        columns["level"] = pc.max_element_wise(columns["level"], pa.scalar(self.level, pa.int8()))
-        columns["lineage"] = append_lineage(columns["lineage"], self.name)
-        return pa.RecordBatch.from_arrays(list(columns.values()), schema=batch.schema), None
+        return replaced(batch, self.rewrite(batch.column("text")), f"{self.name}@{self.version}", self.level), None
+
+
+def part(batch: pa.RecordBatch, verdict: Verdict, name: str, level: int) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
+    """A batch as what a verdict keeps, at `level` or above, and what it drops."""
+    keep = verdict.keep
+    dropped = None if keep.all() else mark_dropped(batch.filter(pa.array(~keep)), name, list(verdict.reasons[~keep]))
+    kept = batch if dropped is None else batch.filter(pa.array(keep))
+    return with_columns(kept, level=_raised(kept, level)), dropped
+
+
+def replaced(batch: pa.RecordBatch, texts: pa.LargeStringArray, step: str, level: int, **columns: pa.Array) -> pa.RecordBatch:
+    """A batch with new texts (and perhaps other columns), one more link of lineage, at `level` or above."""
+    return with_columns(batch, text=texts, level=_raised(batch, level), lineage=append_lineage(batch.column("lineage"), step), **columns)
+
+
+def with_columns(batch: pa.RecordBatch, **columns: pa.Array) -> pa.RecordBatch:
+    """The batch with some columns replaced."""
+    return pa.RecordBatch.from_arrays([columns.get(name, batch.column(name)) for name in batch.schema.names], schema=batch.schema)
+
+
+def _raised(batch: pa.RecordBatch, level: int) -> pa.Array:
+    return pc.max_element_wise(batch.column("level"), pa.scalar(level, pa.int8()))
+
+
+def append_score(scores: pa.MapArray, name: str, values: np.ndarray) -> pa.MapArray:
+    """Each document's scores with one more."""
+    offsets = scores.offsets.to_numpy().astype(np.int64)
+    begin, stop, count = int(offsets[0]), int(offsets[-1]), len(scores)
+    keys = scores.keys.slice(begin, stop - begin).to_numpy(zero_copy_only=False).astype(object)
+    items = scores.items.slice(begin, stop - begin).to_numpy(zero_copy_only=False)
+    places = offsets[1:] - begin
+    new = (offsets - begin + np.arange(count + 1)).astype(np.int32)
+    return pa.MapArray.from_arrays(
+        pa.array(new), pa.array(np.insert(keys, places, name), pa.string()), pa.array(np.insert(items, places, values), pa.float32())
+    )
+
+
+def score_of(scores: pa.MapArray, name: str, missing: float = 0.0) -> np.ndarray:
+    """float32 [n]: one named score of each document, `missing` where it has none."""
+    out = np.full(len(scores), missing, dtype=np.float32)
+    offsets = scores.offsets.to_numpy()
+    begin, stop = int(offsets[0]), int(offsets[-1])
+    if stop > begin:
+        rows = np.repeat(np.arange(len(scores)), np.diff(offsets))
+        named = pc.equal(scores.keys.slice(begin, stop - begin), name).to_numpy(zero_copy_only=False)
+        out[rows[named]] = scores.items.slice(begin, stop - begin).to_numpy(zero_copy_only=False)[named]
+    return out
 
 
 def append_lineage(lineage: pa.ListArray, step: str) -> pa.ListArray:

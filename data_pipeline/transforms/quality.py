@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
-from regrowth.data_pipeline.config import Quality
+from regrowth.data_pipeline.transform_config import Quality
 from regrowth.data_pipeline.transforms.base import Filter, Verdict
 
 

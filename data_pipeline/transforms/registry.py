@@ -1,17 +1,48 @@
-"""From a transform's config to the transform. Adding one: a config model in `config.py`, a class here beside it, a line below."""
+"""From a transform's config to the transform. Adding one: a config model in `transform_config.py`, a class here beside it, a line below."""
 
-from regrowth.data_pipeline import config
+from typing import Any
+
+from regrowth.data_pipeline import transform_config as config
 from regrowth.data_pipeline.transforms.base import Transform
-from regrowth.data_pipeline.transforms.normalise import NormaliseText
-from regrowth.data_pipeline.transforms.quality import QualityFilter
 
 
-def build_transforms(configs: list[config.Transform]) -> list[Transform]:
-    """The batch-wise transforms, in order. Deduplication needs the whole corpus and is done by the runner's reduce."""
-    built: list[Transform] = []
-    for transform in configs:
-        if isinstance(transform, config.Normalise):
-            built.append(NormaliseText())
-        elif isinstance(transform, config.Quality):
-            built.append(QualityFilter(transform))
-    return built
+def build_transforms(configs: list[Any]) -> list[Transform]:
+    """The batch-wise transforms, in order; what each needs is imported here and not before. Deduplication needs the whole corpus: see phases."""
+    return [_build(transform) for transform in configs]
+
+
+def _build(transform: Any) -> Any:
+    if isinstance(transform, config.Normalise):
+        from regrowth.data_pipeline.transforms.normalise import NormaliseText
+
+        return NormaliseText()
+    if isinstance(transform, config.Quality):
+        from regrowth.data_pipeline.transforms.quality import QualityFilter
+
+        return QualityFilter(transform)
+    if isinstance(transform, config.GopherQuality | config.GopherRepetition | config.C4 | config.FineWeb):
+        from regrowth.data_pipeline.transforms import prose
+
+        classes = {
+            config.GopherQuality: prose.GopherQualityFilter,
+            config.GopherRepetition: prose.GopherRepetitionFilter,
+            config.C4: prose.C4Rules,
+            config.FineWeb: prose.FineWebFilter,
+        }
+        return classes[type(transform)](transform)
+    if isinstance(transform, config.FixUnicode | config.Boilerplate | config.MaskPii):
+        from regrowth.data_pipeline.transforms import cleaning
+
+        if isinstance(transform, config.FixUnicode):
+            return cleaning.FixUnicode()
+        return cleaning.BoilerplateLines(transform) if isinstance(transform, config.Boilerplate) else cleaning.MaskPersonalData(transform)
+    from regrowth.data_pipeline.transforms import choosing
+
+    others = {
+        config.Language: choosing.LanguageFilter,
+        config.FastTextScore: choosing.FastTextScorer,
+        config.UrlFilter: choosing.UrlRules,
+        config.BlockedWords: choosing.BlockedWordsFilter,
+        config.Decontaminate: choosing.Decontaminator,
+    }
+    return others[type(transform)](transform)

@@ -13,7 +13,8 @@ import pytest
 
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.prepare import corpus_folder, domain_folder, prepare
+from regrowth.data_pipeline.phases.shard import domain_folder
+from regrowth.data_pipeline.prepare import corpus_folder, prepare
 from regrowth.errors import UserError
 from tests.conftest import prose, small_data_values, write_jsonl
 
@@ -55,7 +56,7 @@ def test_duplicates_are_dropped_once_for_all_sources_and_kept_aside(tmp_path: Pa
     corpus = prepare(DataConfig.model_validate(small_data_values(tmp_path / "in", tmp_path / "out")))
     everything = list(rows_of(corpus, "train").values()) + list(rows_of(corpus, "heldout").values())
     assert len(everything) == len(set(everything)) == 61
-    dropped = pa.ipc.open_stream(pa.memory_map(str(corpus.folder / "dropped/exact_dedup.arrow"))).read_all()
+    dropped = pa.ipc.open_stream(pa.memory_map(str(corpus.folder / "dropped/3-shards-00000.arrow"))).read_all()
     assert dropped.num_rows == 22 and set(dropped["reason"].to_pylist()) == {"duplicate"}
     assert set(dropped["domain"].to_pylist()) == {"b"}, "the first of equals is kept"
     counts = {(d, t, r): n for d, t, r, n, _ in corpus.manifest["funnel"]}
@@ -80,7 +81,7 @@ def test_a_shard_that_was_removed_is_written_again_and_one_that_was_swapped_is_r
     shutil.rmtree(corpus.folder / "train/prose")
     assert rows_of(prepare(config), "train") == before
     for suffix in ("arrow", "json"):
-        shutil.copy(corpus.folder / f"heldout/prose/00000.{suffix}", corpus.folder / f"train/prose/00000.{suffix}")
+        shutil.copy(corpus.folder / f"heldout/prose/00000-000.{suffix}", corpus.folder / f"train/prose/00000-000.{suffix}")
     with pytest.raises(UserError, match=r"not the shard that .*corpus.json lists"):
         corpus.shards("train", "prose")
 
@@ -92,16 +93,15 @@ def test_two_workers_write_what_one_writes(documents: Path, tmp_path: Path, corp
 
 
 KILLED = """
-import sys
-from pathlib import Path
+import json, sys, time
 from regrowth.data_pipeline.config import DataConfig
-from regrowth.data_pipeline import prepare as p
-import json, time
-real = p.curate_item
+from regrowth.data_pipeline.phases.curate import CuratePhase
+from regrowth.data_pipeline.prepare import prepare
+real = CuratePhase.run_task
 def slow(*a):
     real(*a); time.sleep(0.25)
-p.curate_item = slow
-p.prepare(DataConfig.model_validate(json.loads(sys.argv[1])))
+CuratePhase.run_task = slow
+prepare(DataConfig.model_validate(json.loads(sys.argv[1])))
 """
 
 
@@ -111,11 +111,11 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path) -> None:
     values = small_data_values(tmp_path / "in", tmp_path / "out")
     process = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(values)])
     deadline = time.monotonic() + 60
-    while len(list((tmp_path / "out").glob("*/curated/*.json"))) < 4 and time.monotonic() < deadline:
+    while len(list((tmp_path / "out").glob("*/phases/0-curate/part-*.json"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/curated/*.json")}
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/phases/0-curate/part-*.json")}
     assert 4 <= len(done) < 12
     corpus = prepare(DataConfig.model_validate(values))
     assert all(path.stat().st_mtime_ns == before for path, before in done.items()), "what was done is not done again"

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from regrowth.data_pipeline.config import Quality
 from regrowth.data_pipeline.document import DROPPED, Raw, to_batches
+from regrowth.data_pipeline.transform_config import Quality
 from regrowth.data_pipeline.transforms.base import append_lineage
 from regrowth.data_pipeline.transforms.hashing import content_hashes, heldout_mask
 from regrowth.data_pipeline.transforms.normalise import NormaliseText
@@ -41,7 +41,7 @@ def test_normalise_gives_equal_text_one_spelling(before: str, after: str) -> Non
 
 def test_normalise_writes_its_lineage_and_level() -> None:
     batch, _ = NormaliseText()(batch_of("a", "b"))
-    assert batch.column("lineage").to_pylist() == [["normalise"], ["normalise"]]
+    assert batch.column("lineage").to_pylist() == [["normalise@1"], ["normalise@1"]]
     assert batch.column("level").to_pylist() == [1, 1]
     chains = pa.array([["x"], [], ["y", "z"]], pa.list_(pa.string()))
     assert append_lineage(chains, "new").to_pylist() == [["x", "new"], ["new"], ["y", "z", "new"]]

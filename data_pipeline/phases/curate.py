@@ -1,0 +1,258 @@
+"""Curation: documents through the batch-wise transforms into curated parts, one task an item of a source (or a part of the segment before).
+
+A recipe's transforms form segments: what can be done batch by batch, then the deduplications behind it, which need all documents. The next
+segment reads the parts of the one before without what was found to be duplicate; so does sharding behind the last one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from regrowth.data_pipeline.arrow import pc
+from regrowth.data_pipeline.document import DOCUMENT, DROPPED, mark_dropped, to_batches
+from regrowth.data_pipeline.phases.base import Funnel, Phase, count, funnel_rows, new_funnel
+from regrowth.data_pipeline.sources.registry import build_source
+from regrowth.data_pipeline.transform_config import LineDedup, MinHashDedup
+from regrowth.data_pipeline.transforms.base import Transform, score_of
+from regrowth.data_pipeline.transforms.hashing import content_hashes
+from regrowth.data_pipeline.transforms.registry import build_transforms
+from regrowth.errors import UserError
+from regrowth.files import atomic_path
+
+if TYPE_CHECKING:
+    from regrowth.data_pipeline.phases.dedup import Removals
+    from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
+    from regrowth.data_pipeline.pipeline import Pipeline
+
+_HASH = pa.field("content_hash", pa.binary(16), nullable=False)
+CURATED = DOCUMENT.append(_HASH)
+OnDrop = Callable[[pa.RecordBatch], None]
+
+
+def document_key(part: int, rows: np.ndarray) -> np.ndarray:
+    """int64: one number for each document of a segment, ordered by (part, row)."""
+    return np.int64(part) << np.int64(32) | rows.astype(np.int64)
+
+
+class CuratePhase(Phase):
+    """One segment: its input, its transforms, and what it computes for the deduplications behind it."""
+
+    kind = "curate"
+
+    def __init__(self, pipeline: "Pipeline", number: int, transforms: list[Any], dedups: list[Any], before: "Parts | None") -> None:
+        super().__init__(pipeline, number)
+        self.configs, self.before = transforms, before
+        self.minhash = next((d for d in dedups if isinstance(d, MinHashDedup)), None)
+        self.lines = next((d for d in dedups if isinstance(d, LineDedup)), None)
+        self.may_lose = before is None
+
+    def sizes(self) -> list[int]:
+        """Bytes of the items, or of the parts before."""
+        if self.before is None:
+            return [item.size for _, item in self.pipeline.items]
+        return [
+            0 if part in self.before.phase.missing else self.before.phase.record(part)["bytes"]
+            for part in range(len(self.before.phase.task_sizes))
+        ]
+
+    @cached_property
+    def transforms(self) -> list[Transform]:
+        """The transforms, built once a process: some load models or word lists."""
+        return build_transforms(self.configs)
+
+    def run(self, task: int) -> dict[str, Any]:
+        """Read, transform, write what is kept and what is dropped."""
+        funnel, keys = new_funnel(), _Keys(self)
+        counted = [t.counts.copy() for t in self.transforms]
+        documents = bytes_ = read_bytes = 0
+        dropped_path = self.pipeline.root / "dropped" / f"{self.name}-{task:05d}.arrow"
+        with contextlib.ExitStack() as stack:
+            kept_partial = stack.enter_context(atomic_path(self.path(task, ".arrow")))
+            dropped_partial = stack.enter_context(atomic_path(dropped_path))
+            kept = stack.enter_context(pa.ipc.new_stream(str(kept_partial), CURATED))
+            dropped = stack.enter_context(pa.ipc.new_stream(str(dropped_partial), DROPPED))
+
+            def drop(batch: pa.RecordBatch) -> None:
+                if len(batch):
+                    dropped.write_batch(batch)
+                    _count_dropped(funnel, batch)
+
+            for batch in self._input(task, funnel, drop):
+                read_bytes += pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
+                for transform in self.transforms:
+                    batch, out = transform(batch)
+                    if out is not None:
+                        drop(out)
+                    count(funnel, batch, transform.name, "")
+                if len(batch):
+                    hashes = content_hashes(batch.column("text"))
+                    column = pa.FixedSizeBinaryArray.from_buffers(_HASH.type, len(batch), [None, pa.py_buffer(hashes.tobytes())])
+                    kept.write_batch(pa.RecordBatch.from_arrays([*batch.columns, column], schema=CURATED))
+                    keys.add(batch)
+                    documents += len(batch)
+                    bytes_ += pc.sum(pc.binary_length(batch.column("text"))).as_py()
+        keys.write(task)
+        counts = {t.name: dict(t.counts - before) for t, before in zip(self.transforms, counted, strict=True) if t.counts - before}
+        return {
+            "documents": documents,
+            "bytes": bytes_,
+            "read_bytes": read_bytes,
+            "funnel": funnel_rows(funnel),
+            "counts": counts,
+            "minhash": self.minhash.model_dump(mode="json") if self.minhash else None,
+        }
+
+    def _input(self, task: int, funnel: Funnel, drop: OnDrop) -> Iterator[pa.RecordBatch]:
+        if self.before is not None:
+            if task not in self.before.phase.missing:
+                for batch in self.before.read(task, funnel, drop):
+                    yield batch.select(DOCUMENT.names)
+            return
+        number, item = self.pipeline.items[task]
+        config = self.pipeline.config.sources[number]
+        for batch, unusable in to_batches(build_source(config).read(item), level=config.level):
+            count(funnel, batch, "source", "")
+            drop(unusable)
+            if len(batch):
+                yield batch
+
+
+def _count_dropped(funnel: Funnel, batch: pa.RecordBatch) -> None:
+    for reason in pc.unique(batch.column("reason")).to_pylist():
+        chosen = batch.filter(pc.equal(batch.column("reason"), reason))
+        count(funnel, chosen, chosen.column("transform")[0].as_py(), reason)
+
+
+class _Keys:
+    """What the deduplications behind a segment need of its documents, written beside each part."""
+
+    def __init__(self, phase: CuratePhase) -> None:
+        self.phase = phase
+        self.bands: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.units: list[np.ndarray] = []
+        self.unit_counts: list[np.ndarray] = []
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Compute the keys of one batch."""
+        minhash, lines, texts = self.phase.minhash, self.phase.lines, batch.column("text")
+        if minhash is not None:
+            from regrowth.data_pipeline.text.characters import buffers, folds
+            from regrowth.data_pipeline.text.shingles import band_keys, hash_functions
+
+            functions = hash_functions(minhash.bands * minhash.rows, minhash.seed)
+            self.bands.append(band_keys(*buffers(texts), folds(), minhash.words, *functions, minhash.bands, minhash.rows))
+            best = score_of(batch.column("scores"), minhash.score, -np.inf) if minhash.keep == "best_score" else None
+            lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+            self.weights.append(
+                (best if best is not None else lengths if minhash.keep == "longest" else np.zeros(len(batch))).astype(np.float64)
+            )
+        if lines is not None:
+            from regrowth.data_pipeline.text.characters import buffers, character_classes
+            from regrowth.data_pipeline.text.lines import unit_hashes
+
+            hashes, firsts = unit_hashes(*buffers(texts), character_classes(), lines.unit == "paragraph", lines.min_bytes)
+            self.units.append(hashes)
+            self.unit_counts.append(np.diff(firsts))
+
+    def write(self, task: int) -> None:
+        """Write the arrays: band keys [bands, documents], weights [documents], unit hashes [units] and units per document."""
+        minhash = self.phase.minhash
+        if minhash is not None:
+            empty = [np.zeros((minhash.bands, 0), np.uint64)]
+            save(self.phase.path(task, ".bands.npy"), np.concatenate(self.bands or empty, axis=1))
+            save(self.phase.path(task, ".weights.npy"), np.concatenate(self.weights or [np.zeros(0)]))
+        if self.phase.lines is not None:
+            save(self.phase.path(task, ".units.npy"), np.concatenate(self.units or [np.zeros(0, np.uint64)]))
+            save(self.phase.path(task, ".unit_counts.npy"), np.concatenate(self.unit_counts or [np.zeros(0, np.int64)]))
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    """Write an array atomically."""
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load(path: Path) -> np.ndarray:
+    """Map an array of `save`.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: missing or damaged ({error}). Remove {path.with_suffix('').with_suffix('')}*; the next run makes it again."
+        ) from error
+    return array
+
+
+class Parts:
+    """The finished parts of a segment, and what the deduplications behind it said of their documents."""
+
+    def __init__(self, phase: CuratePhase, removals: "list[Removals]", edits: "LineDedupPhase | None" = None) -> None:
+        self.phase, self.removals, self.edits = phase, removals, edits
+
+    def __len__(self) -> int:
+        return len(self.phase.task_sizes)
+
+    def present(self) -> list[int]:
+        """The parts that there are, in order."""
+        return [part for part in range(len(self)) if part not in self.phase.missing]
+
+    def batches(self, part: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """All record batches of a part (schema `CURATED`) with the number of their first row.
+
+        Raises:
+            UserError: the part is damaged.
+        """
+        path, start = self.phase.path(part, ".arrow"), 0
+        try:
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+                for batch in reader:
+                    yield start, batch
+                    start += len(batch)
+        except (pa.ArrowInvalid, OSError) as error:
+            remedy = f"Remove it and {path.with_suffix('.json').name} and the phases behind; the next run rebuilds this part alone."
+            raise UserError(f"{path}: damaged ({error}). {remedy}") from error
+
+    def kept_rows(self, part: int, documents: int) -> np.ndarray:
+        """bool [documents]: which documents of a part no deduplication removed."""
+        keep = np.ones(documents, dtype=bool)
+        for removal in self.removals:
+            keep[removal.rows(part)] = False
+        return keep
+
+    def kept(self, part: int) -> Iterator[pa.RecordBatch]:
+        """The batches of a part without what was removed; texts as they were written."""
+        gone = [removal.rows(part) for removal in self.removals]
+        for start, batch in self.batches(part):
+            keep = np.ones(len(batch), dtype=bool)
+            for rows in gone:
+                keep[rows[(rows >= start) & (rows < start + len(batch))] - start] = False
+            yield batch if keep.all() else batch.filter(pa.array(keep))
+
+    def read(self, part: int, funnel: Funnel, drop: OnDrop) -> Iterator[pa.RecordBatch]:
+        """The documents of a part that stay, with line edits made; the others are handed to `drop`, and both are counted."""
+        gone = [removal.rows(part) for removal in self.removals]
+        for start, batch in self.batches(part):
+            keep = np.ones(len(batch), dtype=bool)
+            for removal, rows in zip(self.removals, gone, strict=True):
+                here = rows[(rows >= start) & (rows < start + len(batch))] - start
+                chosen = batch.take(pa.array(here)).select(DOCUMENT.names)
+                drop(mark_dropped(chosen, removal.name, [removal.reason] * len(chosen)))
+                keep[here] = False
+                count(funnel, batch.filter(pa.array(keep)), removal.name, "")
+            if self.edits is not None:
+                batch = self.edits.apply(part, start, batch, keep, drop)
+                count(funnel, batch, self.edits.kind, "")
+            elif not keep.all():
+                batch = batch.filter(pa.array(keep))
+            if len(batch):
+                yield batch

@@ -1,0 +1,258 @@
+"""A corpus being made: its plan (recipe, items, versions), its phases, and what its records add up to.
+
+The plan is written first and never changes: whoever works on the corpus later, in whatever process, opens it and sees the same phases and tasks.
+Another recipe or another input in the same folder is refused, with the difference shown.
+"""
+
+import collections
+import difflib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.phases.base import Funnel, Phase, add_funnel, new_funnel
+from regrowth.data_pipeline.phases.curate import CuratePhase, Parts
+from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase, Removals
+from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
+from regrowth.data_pipeline.phases.shard import FinishPhase, ShardPhase, TokenizerPhase
+from regrowth.data_pipeline.sources.base import Item
+from regrowth.data_pipeline.sources.registry import build_source
+from regrowth.data_pipeline.tokenizer import Tokenizer
+from regrowth.data_pipeline.transform_config import ExactDedup, FastTextScore, GlobalTransform, Language, LineDedup, MinHashDedup
+from regrowth.errors import UserError
+from regrowth.files import fingerprint, read_json, sha256_of, write_json
+from regrowth.settings import validate
+
+PLAN_FORMAT = 2
+# Changes when the same recipe comes to give another corpus (a transform's rules, the shards' layout).
+PIPELINE_VERSION = 2
+# Where it is written, by whom and by which encoder does not change what is written.
+_NOT_IN_FINGERPRINT = {"out": True, "name": True, "folder": True, "workers": True, "executor": True, "tokenizer": {"engine"}}
+
+
+class Pipeline:
+    """An opened plan."""
+
+    def __init__(self, root: Path, plan: dict[str, Any]) -> None:
+        self.root, self.plan = root, plan
+        self.config = validate(DataConfig, plan["config"], str(root / "plan.json"))
+        self.items = [(number, Item.restore(item)) for number, item in plan["items"]]
+
+    @classmethod
+    def create(cls, config: DataConfig) -> "Pipeline":
+        """Plan the corpus of a recipe, or open it if it is planned.
+
+        Raises:
+            UserError: a source is missing or empty; a file is read by two sources; or `data.folder` holds another corpus.
+        """
+        items = list_items(config)
+        plan = {
+            "format": PLAN_FORMAT,
+            "version": PIPELINE_VERSION,
+            "config": config.model_dump(mode="json"),
+            "items": [[number, item.describe()] for number, item in items],
+            "inputs": _inputs(config),
+        }
+        root = config.folder or config.out / f"{config.name}-{_fingerprint(plan, config)}"
+        if (root / "plan.json").exists():
+            there = read_json(root / "plan.json")
+            _refuse_difference(root, there, plan, config)
+            return cls(root, {**there, "config": plan["config"]})
+        if root.exists() and any(p.name != ".lock" for p in root.iterdir()):
+            raise UserError(f"{root}: this folder is not empty and holds no plan of a corpus. Name another with data.folder.")
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "plan.json", plan)
+        return cls(root, plan)
+
+    @classmethod
+    def open(cls, root: Path) -> "Pipeline":
+        """Open the plan in a folder.
+
+        Raises:
+            UserError: there is none, or it is another version's.
+        """
+        if not (root / "plan.json").exists():
+            raise UserError(f"{root}: no corpus is planned here. `regrowth data run RECIPE` plans and makes one.")
+        plan = read_json(root / "plan.json")
+        if plan.get("format") != PLAN_FORMAT or plan.get("version") != PIPELINE_VERSION:
+            raise UserError(
+                f"{root}/plan.json: made by version {plan.get('version')} of the pipeline, this is {PIPELINE_VERSION}. Make the corpus again."
+            )
+        return cls(root, plan)
+
+    @cached_property
+    def score_names(self) -> list[str]:
+        """The scores that the recipe's transforms add, in order."""
+        names = [
+            t.name if isinstance(t, FastTextScore) else "language"
+            for t in self.config.transforms
+            if isinstance(t, FastTextScore | Language)
+        ]
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """All phases in order; each needs those before it to be settled."""
+        phases: list[Phase] = []
+
+        def add(kind: Any, *arguments: Any) -> Any:
+            phases.append(kind(self, len(phases), *arguments))
+            return phases[-1]
+
+        before: Parts | None = None
+        for batchwise, dedups in _segments(self.config.transforms):
+            curate = add(CuratePhase, batchwise, dedups, before)
+            removals: list[Removals] = []
+            edits = None
+            for dedup in dedups:
+                parts = Parts(curate, list(removals))
+                if isinstance(dedup, ExactDedup):
+                    removals.append(add(ExactPhase, parts).removals)
+                elif isinstance(dedup, MinHashDedup):
+                    removals.append(add(ClustersPhase, add(BandsPhase, parts, dedup)).removals)
+                else:
+                    edits = add(LineDedupPhase, parts, dedup)
+            before = Parts(curate, removals, edits)
+        assert before is not None
+        self.parts = before
+        add(TokenizerPhase, before)
+        add(FinishPhase, add(ShardPhase, before))
+        return phases
+
+    @property
+    def finished(self) -> bool:
+        """Whether the corpus stands."""
+        return (self.root / "corpus.json").exists()
+
+    def funnel(self) -> Funnel:
+        """What each transform let through and why it dropped the rest, over all phases."""
+        total = new_funnel()
+        for record in self._records():
+            add_funnel(total, record.get("funnel", []))
+        return total
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What transforms counted beside documents: masked addresses, removed lines, hits of evaluation sets."""
+        total: dict[str, collections.Counter[str]] = {}
+        for record in self._records():
+            for name, counts in record.get("counts", {}).items():
+                total.setdefault(name, collections.Counter()).update(counts)
+        return {name: dict(sorted(counter.items())) for name, counter in total.items()}
+
+    def given_up(self) -> list[str]:
+        """The source files that failed for good and were left out, with their letters."""
+        first = self.phases[0]
+        if not first.settled or not first.missing:
+            return []
+        letters = read_json(first.folder / "complete.json")["letters"]
+        return [f"{', '.join(self.items[task][1].paths)}: {letter}" for task, letter in zip(sorted(first.missing), letters, strict=True)]
+
+    def _records(self) -> Any:
+        for phase in self.phases:
+            if phase.settled:
+                yield from (phase.record(task) for task in range(len(phase.task_sizes)) if task not in phase.missing)
+
+    def refuse_nothing_left(self) -> None:
+        """After the first segment: go on only if a document is left.
+
+        Raises:
+            UserError: nothing came out, with the reasons counted.
+        """
+        first = self.phases[0]
+        if any(first.record(task)["documents"] for task in range(len(first.task_sizes)) if task not in first.missing):
+            return
+        reasons: collections.Counter[str] = collections.Counter()
+        for (_, transform, reason), (documents, _) in self.funnel().items():
+            if reason:
+                reasons[f"{transform}: {reason}"] += documents
+        if not reasons:
+            raise UserError("data.sources: no document was found in any source. Check their paths and suffixes.")
+        told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common())
+        raise UserError(
+            f"data.transforms: every document was dropped: {told}. Loosen the transform's limits, or check that the sources hold text."
+        )
+
+
+def _segments(transforms: list[Any]) -> list[tuple[list[Any], list[Any]]]:
+    """Runs of batch-wise transforms with the deduplications behind them. Nothing but a new segment can follow a line deduplication."""
+    segments: list[tuple[list[Any], list[Any]]] = [([], [])]
+    for transform in transforms:
+        batchwise, dedups = segments[-1]
+        if not isinstance(transform, GlobalTransform):
+            if dedups:
+                segments.append(([transform], []))
+            else:
+                batchwise.append(transform)
+        else:
+            if dedups and isinstance(dedups[-1], LineDedup):
+                segments.append(([], [transform]))
+            else:
+                dedups.append(transform)
+    if segments[-1][1] and isinstance(segments[-1][1][-1], LineDedup):
+        segments.append(([], []))  # the cut lines are left out once, here: what is sharded is then hashed and split by its final text
+    return segments
+
+
+def list_items(config: DataConfig) -> list[tuple[int, Item]]:
+    """All items of all sources as (source index, item), in the order that numbers the parts.
+
+    Raises:
+        UserError: a source's path does not exist or holds nothing of its kind, or two sources read the same file.
+    """
+    items = [
+        (number, item)
+        for number, source in enumerate(config.sources)
+        for item in build_source(source).items(int(config.item_megabytes * 1e6))
+    ]
+    owner: dict[str, int] = {}
+    for number, item in items:
+        for path in item.paths:
+            if owner.setdefault(path, number) != number:
+                raise UserError(f"data.sources.{owner[path]} and data.sources.{number} both read {path}: its documents would be there twice under one id. "
+                                "Let the paths not overlap.")  # fmt: skip
+    return items
+
+
+def corpus_folder(config: DataConfig) -> Path:
+    """Where this recipe's corpus is or will be."""
+    if config.folder:
+        return config.folder
+    items = [[number, item.describe()] for number, item in list_items(config)]
+    return config.out / f"{config.name}-{_fingerprint({'items': items, 'inputs': _inputs(config)}, config)}"
+
+
+def _inputs(config: DataConfig) -> dict[str, str]:
+    """Hashes of the files that transforms and the tokenizer are made of: a changed model or word list is another recipe."""
+    inputs = {"tokenizer": Tokenizer.load(config.tokenizer.path).hash} if config.tokenizer.path else {}
+    for number, transform in enumerate(config.transforms):
+        for key in ("model", "path", "domains", "urls", "words"):
+            value = getattr(transform, key, None)
+            if isinstance(value, str) and Path(value).is_file():
+                inputs[f"transforms.{number}.{key}"] = sha256_of(Path(value))
+            elif isinstance(value, str) and key == "path" and Path(value).is_dir():
+                inputs[f"transforms.{number}.{key}"] = fingerprint(
+                    [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(value).iterdir())]
+                )
+    return inputs
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+
+
+def _fingerprint(plan: dict[str, Any], config: DataConfig) -> str:
+    return fingerprint([PIPELINE_VERSION, _settings(config), plan["items"], plan["inputs"]], length=8)
+
+
+def _refuse_difference(root: Path, there: dict[str, Any], wanted: dict[str, Any], config: DataConfig) -> None:
+    before = {**there, "config": _settings(validate(DataConfig, there["config"], str(root / "plan.json")))}
+    after = {**wanted, "config": _settings(config)}
+    if before == after:
+        return
+    lines = [json.dumps(part, indent=1, sort_keys=True, default=str).splitlines() for part in (before, after)]
+    changed = [line for line in difflib.unified_diff(*lines, lineterm="", n=0) if not line.startswith(("---", "+++", "@@"))]
+    shown = "\n".join(changed[:40]) + (f"\n... and {len(changed) - 40} more lines" if len(changed) > 40 else "")
+    raise UserError(f"{root}: holds a corpus of another recipe or another input (- there, + wanted):\n{shown}\n"
+                    "Go back to the recipe it was begun with, or name another folder.")  # fmt: skip

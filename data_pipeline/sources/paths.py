@@ -1,0 +1,197 @@
+"""Paths, local or remote: finding files, their sizes and stamps, opening them, and unpacking them within limits."""
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from regrowth.errors import UserError, need
+
+PACKED = ("", ".gz", ".zst", ".xz", ".bz2")
+# What reading a damaged or withdrawn file may raise; each costs the rest of that file and nothing else.
+_BOMB_FROM_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file to read: its path or address, its size in bytes (0 if unknown), and a stamp that changes when it does."""
+
+    path: str
+    size: int
+    stamp: str
+
+
+class DamagedFileError(OSError):
+    """A packed file ends in the middle, or unpacks to far more than a text could."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether fsspec has to open it."""
+    return "://" in path
+
+
+def find_files(path: str, suffixes: tuple[str, ...], key: str) -> list[Found]:
+    """The files at `path`: itself, below it if a folder, matching it if a glob; sorted.
+
+    Raises:
+        UserError: there is nothing at `path`, nothing with these suffixes, or a folder that may not be read.
+    """
+    if is_remote(path):
+        return _find_remote(path, suffixes, key)
+    local = Path(path)
+    if local.is_file():
+        return [_local(local)]
+    if local.is_dir():
+        found = sorted(p for p in _walk(local, key) if p.name.endswith(suffixes))
+        if not found:
+            raise UserError(f"{key} = {path}: no file in this folder ends in {', '.join(suffixes)}.")
+        return [_local(p) for p in found]
+    found = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())  # noqa: PTH207
+    if not found:
+        raise UserError(f"{key} = {path}: there is no such file or folder (and as a pattern it matches none).")
+    return [_local(p) for p in found]
+
+
+def _walk(folder: Path, key: str) -> list[Path]:
+    """All files below a folder. A folder that cannot be listed is refused: what is in it would be left out unseen."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{key} = {folder}: {error.filename} cannot be listed ({error.strerror}). Make it readable, or name the readable "
+                        "folders as sources of their own.") from error  # fmt: skip
+
+    return [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names if (Path(root) / name).is_file()]
+
+
+def _local(path: Path) -> Found:
+    stat = path.stat()
+    return Found(str(path), stat.st_size, str(stat.st_mtime_ns))
+
+
+def _find_remote(path: str, suffixes: tuple[str, ...], key: str) -> list[Found]:
+    fs, inner = _filesystem(path, key)
+    try:
+        if any(c in inner for c in "*?["):
+            infos = fs.glob(inner, detail=True)
+        elif fs.isfile(inner):
+            infos = {inner: fs.info(inner)}
+        else:
+            infos = {name: info for name, info in fs.find(inner, detail=True).items() if name.endswith(suffixes)}
+    except Exception as error:  # each protocol has errors of its own
+        raise UserError(f"{key} = {path}: could not be listed: {type(error).__name__}: {error}") from error
+    files = {name: info for name, info in infos.items() if info.get("type", "file") == "file"}
+    if not files:
+        raise UserError(f"{key} = {path}: there is nothing here that ends in {', '.join(suffixes)}.")
+    return [
+        Found(
+            fs.unstrip_protocol(name),
+            int(info.get("size") or 0),
+            str(info.get("ETag") or info.get("LastModified") or info.get("mtime") or ""),
+        )
+        for name, info in sorted(files.items())
+    ]
+
+
+def _filesystem(path: str, key: str) -> tuple[Any, str]:
+    fsspec = need("fsspec", f"the address {path}")
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{key} = {path}: {error}. Install the package that opens {path.split('://')[0]}:// addresses (s3fs, gcsfs, ...)."
+        ) from error
+
+
+def open_raw(path: str) -> BinaryIO:
+    """Open for reading bytes, as they are stored. What goes wrong at a remote address is raised as an OSError."""
+    if not is_remote(path):
+        return Path(path).open("rb")
+    fs, inner = _filesystem(path, "path")
+    try:
+        return cast(BinaryIO, fs.open(inner, "rb"))
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def open_packed(path: str, max_ratio: float = 200.0) -> BinaryIO:
+    """Open for reading bytes, unpacking .gz, .zst, .xz and .bz2 as a stream.
+
+    Reading raises DamagedFileError where a file ends in the middle, and where it unpacks to more than `max_ratio` times its size (looked at
+    from 256 MB on).
+    """
+    raw = open_raw(path)
+    suffix = Path(path).suffix
+    if suffix == ".gz":
+        inner: Any = gzip.GzipFile(fileobj=raw)
+    elif suffix == ".xz":
+        inner = lzma.LZMAFile(raw)  # noqa: SIM115
+    elif suffix == ".bz2":
+        inner = bz2.BZ2File(raw)
+    elif suffix in (".zst", ".zstd"):
+        inner = _Zstd(raw)
+    else:
+        return raw
+    return cast(BinaryIO, io.BufferedReader(_Guarded(inner, raw, max_ratio), 1 << 20))
+
+
+class _Guarded(io.RawIOBase):
+    """An unpacking stream that stops at a bomb and turns each library's own complaints into one."""
+
+    def __init__(self, inner: Any, raw: BinaryIO, max_ratio: float) -> None:
+        self.inner, self.raw, self.max_ratio, self.unpacked = inner, raw, max_ratio, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self.inner.read(len(buffer))
+        except (EOFError, lzma.LZMAError, OSError) as error:
+            raise DamagedFileError(f"ends in the middle or is damaged ({error})") from error
+        except Exception as error:  # zlib.error, ZstdError: neither is an OSError
+            raise DamagedFileError(f"cannot be unpacked ({type(error).__name__}: {error})") from error
+        buffer[: len(data)] = data
+        self.unpacked += len(data)
+        if self.unpacked > _BOMB_FROM_BYTES and self.unpacked > self.max_ratio * max(self.raw.tell(), 1):
+            raise DamagedFileError(f"unpacks to over {self.unpacked / 1e6:.0f} MB, more than {self.max_ratio:g} times its size: left there")
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.inner.close()
+            self.raw.close()
+        super().close()
+
+
+class _Zstd:
+    """Frames of zstandard one after the other, noticing when the last one is not whole (the library's own reader does not)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self.raw, self.make = raw, zstandard.ZstdDecompressor(max_window_size=2**31)
+        self.frame: Any = None
+        self.pending, self.held = b"", b""
+
+    def read(self, size: int) -> bytes:
+        while not self.held:
+            data = self.pending or self.raw.read(1 << 16)
+            self.pending = b""
+            if not data:
+                if self.frame is not None:
+                    raise EOFError("the last frame is not whole")
+                return b""
+            if self.frame is None:
+                self.frame = self.make.decompressobj()
+            self.held = self.frame.decompress(data)
+            if self.frame.eof:
+                self.pending, self.frame = self.frame.unused_data, None
+        data, self.held = self.held[:size], self.held[size:]
+        return data
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,222 @@
+"""What can be said of a transform; defaults are the published values, with their source."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from regrowth.settings import PlainName, Settings
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Normalise(Settings):
+    """Unicode NFC, line ends to LF, control characters removed, trailing spaces and runs of blank lines trimmed."""
+
+    kind: Literal["normalise"]
+
+
+class FixUnicode(Settings):
+    """Repair text decoded with the wrong encoding, and HTML entities (ftfy)."""
+
+    kind: Literal["fix_unicode"]
+
+
+class Quality(Settings):
+    """Drop what is not readable text: too short, too long, binary, or the same line over and over."""
+
+    kind: Literal["quality"]
+    min_characters: Count = 100
+    max_characters: Annotated[int, Field(gt=0)] = 2_000_000
+    max_line_characters: Annotated[int, Field(gt=0)] = 100_000
+    max_replacement_fraction: Fraction = 0.01  # U+FFFD, which stands where bytes were not UTF-8
+    min_alphabetic_fraction: Fraction = 0.25
+    # Of non-blank lines that repeat an earlier one. Gopher has .30 for prose (arXiv 2112.11446, table A1); source code repeats more.
+    max_duplicate_line_fraction: Fraction = 0.50
+
+
+class Language(Settings):
+    """Keep documents in some languages (FineWeb: score of at least .65, arXiv 2406.17557)."""
+
+    kind: Literal["language"]
+    keep: list[str] = ["en"]  # ISO 639-1 codes, as the model spells them
+    min_score: Fraction = 0.65
+    model: str | None = None  # a fastText model (lid.176.bin, GlotLID, ...); None: py3langid, which carries its own
+
+
+class GopherQuality(Settings):
+    """Does it read like prose? (Rae et al. 2021, arXiv 2112.11446, section A1.1)"""
+
+    kind: Literal["gopher_quality"]
+    min_words: Count = 50
+    max_words: Count = 100_000
+    min_mean_word_length: float = 3.0
+    max_mean_word_length: float = 10.0
+    max_symbol_ratio: float = 0.1  # "#" per word, and ellipses per word
+    max_bullet_lines: Fraction = 0.9
+    max_ellipsis_lines: Fraction = 0.3
+    min_letter_words: Fraction = 0.8
+    min_stop_words: Count = 2
+    stop_words: Annotated[list[str], Field(max_length=64)] = ["the", "be", "to", "of", "and", "that", "have", "with"]
+
+
+class GopherRepetition(Settings):
+    """Does it say the same over and over? (Rae et al. 2021, arXiv 2112.11446, table A1)"""
+
+    kind: Literal["gopher_repetition"]
+    max_repeated_lines: Fraction = 0.30
+    max_repeated_paragraphs: Fraction = 0.30
+    max_repeated_line_characters: Fraction = 0.20
+    max_repeated_paragraph_characters: Fraction = 0.20
+    top_ngrams: dict[int, Fraction] = {2: 0.20, 3: 0.18, 4: 0.16}
+    repeated_ngrams: dict[int, Fraction] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+class C4(Settings):
+    """C4's line and page rules (Raffel et al. 2020, arXiv 1910.10683, section 2.2)."""
+
+    kind: Literal["c4"]
+    min_sentences: Count = 5
+    min_words_per_line: Count = 3
+    max_word_characters: Count = 1000
+    terminal_punctuation: bool = True  # lines must end in . ? ! " or '
+    drop_lorem_ipsum: bool = True
+    drop_curly_brackets: bool = True
+    remove_citations: bool = True
+    line_phrases: list[str] = [  # lines that hold one go
+        "javascript",
+        "terms of use",
+        "privacy policy",
+        "cookie policy",
+        "uses cookies",
+        "use of cookies",
+        "use cookies",
+    ]
+
+
+class FineWeb(Settings):
+    """FineWeb's own rules (Penedo et al. 2024, arXiv 2406.17557, section 3.6)."""
+
+    kind: Literal["fineweb"]
+    min_terminal_lines: Fraction = 0.12
+    max_short_lines: Fraction = 0.67
+    short_line_characters: Count = 30
+    max_repeated_line_characters: Fraction = 0.01
+    max_newlines_per_word: float = 0.3
+
+
+class Boilerplate(Settings):
+    """Remove short lines that are a page's furniture (menus, consent banners, share buttons); drop pages that are mostly that."""
+
+    kind: Literal["boilerplate"]
+    max_line_words: Count = 12  # a longer line is prose that happens to mention it
+    patterns: list[str] = []  # more regular expressions (RE2, without case), beside the built-in ones
+    max_removed_fraction: Fraction = 0.5
+
+
+class FastTextScore(Settings):
+    """Score documents with a fastText classifier; with a threshold, drop those below."""
+
+    kind: Literal["fasttext"]
+    model: str
+    label: str = "__label__1"
+    name: PlainName = "quality"  # the score's name
+    min_score: float | None = None
+    scored_characters: Annotated[int, Field(gt=0)] | None = None  # of each document's beginning; None for all
+
+
+class UrlFilter(Settings):
+    """Drop documents by where they come from."""
+
+    kind: Literal["url"]
+    domains: str | None = None  # a file of host names, one a line; hosts below them are meant too
+    urls: str | None = None  # a file of addresses
+    words: str | None = None  # a file of words that must not stand in an address
+    require_url: bool = False
+
+
+class MaskPii(Settings):
+    """Replace e-mail addresses, public IP addresses and telephone numbers by stand-ins; how many is kept in `meta`."""
+
+    kind: Literal["mask_pii"]
+    emails: bool = True
+    ips: bool = True
+    phones: bool = True
+    email_stand_in: str = "email@example.com"
+    ip_stand_in: str = "192.0.2.1"  # reserved for documentation (RFC 5737)
+    phone_stand_in: str = "555-0100"  # reserved for fiction
+
+
+class BlockedWords(Settings):
+    """Drop documents that hold blocked words or phrases."""
+
+    kind: Literal["blocked_words"]
+    path: str  # a file, one word or phrase a line; "#" begins a comment
+    max_occurrences: Count = 0
+
+
+class Decontaminate(Settings):
+    """Drop documents that share word n-grams with evaluation sets (13 words: GPT-3, arXiv 2005.14165, appendix C)."""
+
+    kind: Literal["decontaminate"]
+    path: str  # JSON lines of evaluation items: a file, a folder or a glob
+    fields: list[str] = ["query", "question", "text", "context", "prompt", "passage", "choices", "answer"]
+    words: Annotated[int, Field(ge=3, le=64)] = 13
+    shortest: Annotated[int, Field(ge=3)] = 8  # an item of 8 to 12 words is compared whole; shorter ones are not checked, and counted
+    max_shared: Count = 0
+
+
+class ExactDedup(Settings):
+    """Keep the first document of each content hash (xxh3-128 of the normalised text), over all sources."""
+
+    kind: Literal["exact_dedup"]
+
+
+class MinHashDedup(Settings):
+    """Keep one document of each cluster of near-duplicates (FineWeb's setting: word 5-grams, 14 bands of 8; arXiv 2406.17557)."""
+
+    kind: Literal["minhash_dedup"]
+    words: Annotated[int, Field(ge=1, le=64)] = 5
+    bands: Annotated[int, Field(ge=1, le=256)] = 14
+    rows: Annotated[int, Field(ge=1, le=64)] = 8
+    seed: int = 1
+    keep: Literal["longest", "first", "best_score"] = "longest"
+    score: str = "quality"  # of which `best_score` is the best
+
+
+class LineDedup(Settings):
+    """Remove lines or paragraphs met before anywhere in the corpus, with a Bloom filter (DCLM's way, arXiv 2406.11794)."""
+
+    kind: Literal["line_dedup"]
+    unit: Literal["line", "paragraph"] = "paragraph"
+    memory_megabytes: Annotated[float, Field(gt=0)] = 256.0  # of each filter
+    false_positive_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    filters: Annotated[int, Field(ge=1)] = 1  # the units are divided among them by hash, so that they fill side by side
+    min_bytes: Count = 20  # shorter units are let through: headings repeat
+    max_removed_fraction: Fraction = 0.8  # a document that loses more is dropped
+
+    @model_validator(mode="after")
+    def _some_probes(self) -> "LineDedup":
+        if self.memory_megabytes * 1e6 < 64:
+            raise ValueError("memory_megabytes is less than one filter needs; give at least 1")
+        return self
+
+
+BatchTransform = (
+    Normalise
+    | FixUnicode
+    | Quality
+    | Language
+    | GopherQuality
+    | GopherRepetition
+    | C4
+    | FineWeb
+    | Boilerplate
+    | FastTextScore
+    | UrlFilter
+    | MaskPii
+    | BlockedWords
+    | Decontaminate
+)
+GlobalTransform = ExactDedup | MinHashDedup | LineDedup
+Transform = Annotated[BatchTransform | GlobalTransform, Field(discriminator="kind")]
