@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from regrowth.data_pipeline.source_config import Source
 from regrowth.data_pipeline.transform_config import ExactDedup, MinHashDedup, Normalise, Quality, Transform
@@ -74,6 +74,14 @@ class DataConfig(Settings):
             if sum(isinstance(t, kind) for t in value) > 1:
                 raise ValueError(f"{kind.model_fields['kind'].annotation.__args__[0]} stands twice; once is enough")
         return value
+
+
+class DataRecipe(BaseModel):
+    """The `[data]` section of a recipe; the other sections are not this room's business and are not looked at."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    data: DataConfig
 
 
 class StaticMixing(Settings):

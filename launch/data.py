@@ -6,25 +6,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline import shard_tools
+from regrowth.data_pipeline.config import DataConfig, DataRecipe
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.pipeline import corpus_folder, list_items
+from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder, list_items
 from regrowth.data_pipeline.prepare import prepare as prepare_corpus
+from regrowth.data_pipeline.shards import Shard
+from regrowth.settings import find_recipe, load
 
 
 def prepare(config: str, overrides: list[str], dry_run: bool) -> None:
     """Build a corpus, with a progress bar for each stage."""
-    settings, console = _data_config(config, overrides), Console()
+    settings, console = data_config(config, overrides), Console()
     if dry_run:
-        items = list_items(settings)
-        folder = corpus_folder(settings)
-        state = "finished" if (folder / "corpus.json").exists() else "unfinished, would go on" if folder.exists() else "not begun"
-        size = sum(item.size for _, item in items) / 1e6
-        console.print(f"{folder}: {state}; {len(items)} items of {len(settings.sources)} sources, {size:.1f} MB", soft_wrap=True)
-        return
+        return show_plan(settings, console)
     corpus = prepare_with_progress(settings, console)
     console.print(f"corpus {corpus.folder}", soft_wrap=True)
     print_corpus(corpus, console)
+
+
+def show_plan(config: DataConfig, console: Console) -> None:
+    """What would be done, without doing it: the folder, the items, the phases."""
+    items = list_items(config)
+    folder = corpus_folder(config)
+    state = "finished" if (folder / "corpus.json").exists() else "unfinished, would go on" if folder.exists() else "not begun"
+    size = sum(item.size for _, item in items) / 1e6
+    console.print(f"{folder}: {state}; {len(items)} items of {len(config.sources)} sources, {size:.1f} MB", soft_wrap=True)
+    planned = Pipeline(folder, {"config": config.model_dump(mode="json"), "items": []})
+    console.print(f"phases: {', '.join(phase.name for phase in planned.phases)}", soft_wrap=True)
 
 
 def prepare_with_progress(config: DataConfig, console: Console) -> Corpus:
@@ -45,12 +54,17 @@ def prepare_with_progress(config: DataConfig, console: Console) -> Corpus:
 
 def show(corpus: str, overrides: list[str]) -> None:
     """Tables of what a corpus holds and what was dropped."""
-    print_corpus(_open(corpus, overrides), Console())
+    print_corpus(open_corpus(corpus, overrides), Console())
 
 
 def verify(corpus: str, overrides: list[str]) -> None:
-    """Hash every shard."""
-    opened = _open(corpus, overrides)
+    """Hash every shard of a corpus, or one shard."""
+    if (path := Path(corpus)).suffix == ".arrow":
+        shard = Shard(path)
+        shard.verify()
+        shard_tools.check_counts(shard)
+        return Console().print(f"{path}: whole; {shard.index.documents:,} documents, {shard.index.tokens:,} tokens", soft_wrap=True)
+    opened = open_corpus(corpus, overrides)
     Console().print(f"{opened.folder}: {opened.verify()} shards, all whole", soft_wrap=True)
 
 
@@ -85,14 +99,15 @@ def print_corpus(corpus: Corpus, console: Console) -> None:
     console.print(funnel)
 
 
-def _open(name: str, overrides: list[str]) -> Corpus:
+def open_corpus(name: str, overrides: list[str]) -> Corpus:
+    """A corpus by its folder, or by the recipe that made it."""
     folder = Path(name)
     if folder.is_dir():
         return Corpus.open(folder)
-    return Corpus.open(corpus_folder(_data_config(name, overrides)))
+    return Corpus.open(corpus_folder(data_config(name, overrides)))
 
 
-def _data_config(config: str, overrides: list[str]) -> DataConfig:
-    from regrowth.pretrain.config import load_config
-
-    return load_config(config, overrides).data
+def data_config(config: str, overrides: list[str]) -> DataConfig:
+    """The `[data]` section of a recipe, with overrides."""
+    path = find_recipe(config)
+    return load(DataRecipe, path, overrides).data

@@ -155,6 +155,129 @@ def data_prepare(config: Config, overrides: Overrides = None, dry_run: DryRun = 
     go(config, overrides or [], dry_run)
 
 
+@data_app.command("run")
+def data_run(
+    recipe: Config,
+    overrides: Overrides = None,
+    executor: Annotated[str | None, typer.Option(help="local, mpi or slurm; default: the recipe's data.executor.kind.")] = None,
+    dry_run: DryRun = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Slurm: print the batch scripts; submit nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Slurm: stay until the corpus is finished, showing how far it is.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try inputs again that were given up (executor.max_failed).")
+    ] = False,
+) -> None:
+    """Make a corpus from a recipe: on this machine, over MPI ranks, or as Slurm array jobs. Run it again to go on."""
+    from regrowth.launch.data_run import run as go
+
+    go(recipe, overrides or [], executor, dry_run, print_only, wait, retry_failed)
+
+
+@data_app.command("status")
+def data_status(
+    corpus: Annotated[Path, typer.Argument(help="A corpus folder.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and refresh.")] = False,
+) -> None:
+    """How far a corpus is: tasks, throughput, time left, what failed. From any shell that sees the folder."""
+    from regrowth.launch.data_run import status as go
+
+    go(corpus, watch)
+
+
+@data_app.command("worker", hidden=True)
+def data_worker(
+    folder: Path,
+    phase: Annotated[int, typer.Option()],
+    rank: Annotated[int, typer.Option()],
+    world: Annotated[int, typer.Option()],
+) -> None:
+    """One rank's share of one phase (what array tasks run)."""
+    from regrowth.launch.data_run import worker as go
+
+    go(folder, phase, rank, world)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    shard: Annotated[Path, typer.Argument(help="A shard, .arrow.")],
+    sample: Annotated[int, typer.Option(help="Documents to show.", min=0)] = 3,
+    seed: int = 0,
+) -> None:
+    """Statistics of a shard, and some of its documents decoded."""
+    from regrowth.launch.data_tools import inspect as go
+
+    go(shard, sample, seed)
+
+
+@data_app.command("stats")
+def data_stats(
+    corpus: Annotated[str, typer.Argument(help="A corpus folder, a config or a recipe.")],
+    split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
+    html: Annotated[Path | None, typer.Option(help="Write a page as well.")] = None,
+) -> None:
+    """Tokens by domain and source, and a histogram of document lengths."""
+    from regrowth.launch.data import open_corpus
+    from regrowth.launch.data_tools import stats as go
+
+    go(open_corpus(corpus, []), split, html)
+
+
+@data_app.command("trace")
+def data_trace(
+    corpus: Annotated[Path, typer.Argument(help="A corpus folder.")],
+    document: Annotated[str | None, typer.Argument(help="A document's id, or the beginning of one.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="A source file, folder or file@offset: which of its documents are left, why not the others.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--all", help="List every document that is left, as JSON lines.")] = False,
+) -> None:
+    """Where a document came from and what became of it; or what is left of a source."""
+    from regrowth.launch.data_tools import trace_document as go
+
+    go(corpus, document, source, list_all)
+
+
+BlockTokens = Annotated[int, typer.Option(help="Tokens of a block.", min=1024)]
+
+
+@data_app.command("merge")
+def data_merge(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    shards: Annotated[list[Path], typer.Argument(help="Shards of one domain and tokenizer.")],
+    block_tokens: BlockTokens = 1 << 20,
+) -> None:
+    """Write several shards as one."""
+    from regrowth.launch.data_tools import merge as go
+
+    go(out, shards, block_tokens)
+
+
+@data_app.command("split")
+def data_split(
+    shard: Annotated[Path, typer.Argument(help="A shard, .arrow.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    parts: Annotated[int, typer.Option(min=2)] = 2,
+    block_tokens: BlockTokens = 1 << 20,
+) -> None:
+    """Write one shard as several."""
+    from regrowth.launch.data_tools import split as go
+
+    go(shard, out, parts, block_tokens)
+
+
+@data_app.command("export")
+def data_export(
+    corpus: Annotated[str, typer.Argument(help="A corpus folder, a config or a recipe.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="The format: megatron.")] = "megatron",
+) -> None:
+    """Write a corpus's tokens in Megatron-LM's indexed format (.bin, .idx)."""
+    from regrowth.launch.data import open_corpus
+    from regrowth.launch.data_tools import export as go
+
+    go(open_corpus(corpus, []), out, to)
+
+
 @data_app.command("show")
 def data_show(corpus: Annotated[str, typer.Argument(help="A corpus folder, a config or a recipe.")], overrides: Overrides = None) -> None:
     """What a corpus holds, what was dropped and why."""

@@ -4,10 +4,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from regrowth.data_pipeline.config import ExecutorConfig
 from regrowth.errors import RunFailed, UserError
 
 _WARN_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
@@ -34,8 +37,6 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
     Raises:
         UserError: the plan's ranks do not fall evenly on the nodes, or an option holds a line break.
     """
-    import jinja2
-
     from regrowth.pretrain.config import load_config
     from regrowth.pretrain.run_folder import RunFolder
     from regrowth.settings import find_recipe
@@ -55,10 +56,7 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
         if value and any(c in value for c in "\n\r"):
             raise UserError(f"{name}: holds a line break; Slurm options are single lines.")
     logs = (settings.run.folder / "slurm").resolve()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
-    script = environment.get_template("slurm.sh.jinja").render(
+    script = _template("slurm.sh.jinja").render(
         name=_option(settings.run.name),
         nodes=nodes,
         minutes=minutes,
@@ -77,6 +75,70 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
         ),
     )
     return script, logs
+
+
+@dataclass(frozen=True)
+class ArrayJob:
+    """One array job: a phase of a corpus, done by `ranks` array tasks, after the job `after` has ended."""
+
+    name: str
+    folder: Path
+    phase: int
+    ranks: int
+    after: str = ""
+
+
+def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
+    """The batch script of an array job.
+
+    Raises:
+        UserError: an option holds a line break.
+    """
+    for key, value in (("partition", options.partition), ("account", options.account), ("the corpus's folder", str(job.folder))):
+        if value and any(c in value for c in "\n\r"):
+            raise UserError(f"data.executor: {key} holds a line break; Slurm options are single lines.")
+    return _template("slurm_array.sh.jinja").render(
+        name=_option(job.name),
+        ranks=job.ranks,
+        throttle=options.throttle,
+        cpus=options.cpus_per_task,
+        minutes=options.minutes,
+        memory_megabytes=int(options.memory_gigabytes * 1024) if options.memory_gigabytes else None,
+        partition=_option(options.partition) if options.partition else "",
+        account=_option(options.account) if options.account else "",
+        after=job.after,
+        logs=_option(str((job.folder / "slurm").resolve())),
+        warn_seconds=min(60, options.minutes * 30),
+        setup=options.setup,
+        python=shlex.quote(sys.executable),
+        folder=shlex.quote(str(job.folder.resolve())),
+        phase=job.phase,
+        attempts=options.attempts,
+    )
+
+
+def queued(jobs: list[str]) -> dict[str, dict[str, int]]:
+    """How many tasks of each job are in which state, for jobs that are still known to be waiting or running."""
+    if not jobs or not shutil.which("squeue"):
+        return {}
+    try:
+        done = subprocess.run(["squeue", "-h", "-r", "-o", "%A|%F|%T"], capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return {}
+    states: dict[str, dict[str, int]] = {}
+    for line in done.stdout.splitlines():
+        _, array, state = line.split("|")
+        if array in jobs:
+            states.setdefault(array, {}).setdefault(state.lower(), 0)
+            states[array][state.lower()] += 1
+    return states
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).get_template(name)
 
 
 def submit(script: str) -> str:

@@ -12,8 +12,8 @@ from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import RegrowthError, RunFailed, UserError, need
 
 
-def run_mpi(config: DataConfig, report: Progress) -> Pipeline:
-    """Do all phases over the ranks of MPI's world; every rank calls this and gets the finished pipeline.
+def run_mpi(config: DataConfig, report: Progress) -> tuple[Pipeline, bool]:
+    """Do all phases over the ranks of MPI's world; every rank calls this and gets the finished pipeline, and whether it is the first.
 
     Raises:
         UserError: the input has to change, or mpi4py is missing.
@@ -33,7 +33,7 @@ def run_mpi(config: DataConfig, report: Progress) -> Pipeline:
         if rank == 0:
             report(phase.name, size, size)
     _first(world, lambda: pass_gates(pipeline, len(pipeline.phases), config.executor.max_failed))
-    return pipeline
+    return pipeline, rank == 0
 
 
 def _first(world: Any, action: Callable[[], Any]) -> Any:

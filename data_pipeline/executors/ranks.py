@@ -9,7 +9,9 @@ from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import RegrowthError, RunFailed
 
 
-def work(pipeline: Pipeline, phase_number: int, rank: int, world_size: int) -> tuple[int, list[str]]:
+def work(
+    pipeline: Pipeline, phase_number: int, rank: int, world_size: int, on_done: Callable[[int], None] = lambda _: None
+) -> tuple[int, list[str]]:
     """Do this rank's tasks of a phase, the settled phases before it taken for granted; returns how many were done, and letters of those that failed."""
     one_thread_each()
     phase = pipeline.phases[phase_number]
@@ -22,6 +24,7 @@ def work(pipeline: Pipeline, phase_number: int, rank: int, world_size: int) -> t
         try:
             phase.run_task(task)
             done += 1
+            on_done(task)
         except RegrowthError as error:
             letters.append(str(error))
         except Exception as error:

@@ -61,6 +61,7 @@ class Phase:
     """Base of the phases."""
 
     kind = "phase"
+    single = False  # whether it is always one task
     may_lose = False  # whether single tasks may be given up (executor.max_failed)
 
     def __init__(self, pipeline: "Pipeline", number: int) -> None:
@@ -150,7 +151,8 @@ class Phase:
 
     def letter(self, left: list[int], max_failed: int) -> str:
         """The letter about tasks that are not done."""
-        shown = "; ".join(f"task {task}: {self.failure(task)}" for task in left[:3])
+        told = sorted(left, key=lambda task: not self.path(task, ".failed").exists())  # those that say why come first
+        shown = "; ".join(f"task {task}: {self.failure(task)}" for task in told[:3])
         more = f" (and {len(left) - 3} more)" if len(left) > 3 else ""
         allowed = f" executor.max_failed allows {max_failed}." if self.may_lose else ""
         return (f"{self.folder}: {len(left)} of {len(self.task_sizes)} tasks are not done.{allowed} {shown}{more}. What is done is kept; "

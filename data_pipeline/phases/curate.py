@@ -104,6 +104,7 @@ class CuratePhase(Phase):
             "read_bytes": read_bytes,
             "funnel": funnel_rows(funnel),
             "counts": counts,
+            "transforms": [[t.name, t.version] for t in self.transforms],
             "minhash": self.minhash.model_dump(mode="json") if self.minhash else None,
         }
 

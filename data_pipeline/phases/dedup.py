@@ -150,6 +150,7 @@ class ClustersPhase(Phase):
     """
 
     kind = "minhash_dedup"
+    single = True
 
     def __init__(self, pipeline: "Pipeline", number: int, bands: BandsPhase) -> None:
         super().__init__(pipeline, number)

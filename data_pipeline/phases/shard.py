@@ -32,6 +32,7 @@ class TokenizerPhase(Phase):
     """Train the tokenizer on a sample of the curated text, or take the given one; then choose the encoder."""
 
     kind = "tokenizer"
+    single = True
 
     def __init__(self, pipeline: "Pipeline", number: int, parts: Parts) -> None:
         super().__init__(pipeline, number)
@@ -182,6 +183,7 @@ class FinishPhase(Phase):
     """Write `corpus.json`, which makes the corpus."""
 
     kind = "finish"
+    single = True
 
     def __init__(self, pipeline: "Pipeline", number: int, shards: ShardPhase) -> None:
         super().__init__(pipeline, number)

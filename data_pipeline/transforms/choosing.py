@@ -32,7 +32,7 @@ class LanguageFilter(Filter):
             self._fasttext = load_fasttext(config.model, "data.transforms.model")
         else:
             module = need("py3langid.langid", "language identification without a model of your own")
-            self._langid: Any = module.LanguageIdentifier.from_pickled_model(module.MODEL_FILE, norm_probs=True)
+            self._langid: Any = module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
 
     def identify(self, texts: list[str]) -> list[tuple[str, float]]:
         """(code, probability) of each text, judged by its beginning."""

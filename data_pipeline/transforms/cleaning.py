@@ -82,9 +82,14 @@ class BoilerplateLines(Filter):
         verdict = Verdict.keep_all(len(texts))
         verdict.drop(removed / np.maximum(spoken, 1) > self.config.max_removed_fraction, "mostly_boilerplate")
         if removed.any():
-            borders = np.concatenate([[0], np.cumsum(np.bincount(document[~furniture], minlength=len(texts)))])
-            lists = pa.LargeListArray.from_arrays(pa.array(borders, pa.int64()), every.filter(pa.array(~furniture)))
-            batch = replaced(batch, pc.binary_join(lists, "\n").cast(pa.large_string()), f"{self.name}@{self.version}", self.level)
+            from regrowth.data_pipeline.text.characters import buffers
+            from regrowth.data_pipeline.text.lines import keep_units
+            from regrowth.data_pipeline.transforms.prose import text_array
+
+            firsts = np.concatenate([[0], np.cumsum(np.bincount(document, minlength=len(texts)))])
+            data, offsets, _ = keep_units(*buffers(texts), firsts, ~furniture, False)
+            trimmed = pc.utf8_trim(text_array(data, offsets), characters="\n")
+            batch = replaced(batch, trimmed, f"{self.name}@{self.version}", self.level)
         return part(batch, verdict, self.name, self.level)
 
 
