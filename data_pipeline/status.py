@@ -55,5 +55,5 @@ def corpus_status(pipeline: Pipeline) -> list[PhaseStatus]:
                 len(phase.missing) if settled else 0,
             )
         )
-        open_ = settled or not pending
+        open_ = settled
     return statuses

@@ -83,7 +83,7 @@ def _rows(paths: list[Path], document: str) -> Iterator[tuple[Path, pa.RecordBat
 
 
 def _transform_steps(phase: CuratePhase, part: int) -> list[str]:
-    versions = dict(phase.record(part)["transforms"])
+    versions = dict(phase.record(part).get("transforms", []))
     steps = []
     for config in phase.configs:
         chosen = config.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)

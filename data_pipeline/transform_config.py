@@ -17,9 +17,12 @@ class Normalise(Settings):
 
 
 class FixUnicode(Settings):
-    """Repair text decoded with the wrong encoding, and HTML entities (ftfy)."""
+    """Repair text decoded with the wrong encoding, and HTML entities (ftfy, whose defaults these are)."""
 
     kind: Literal["fix_unicode"]
+    uncurl_quotes: bool = True  # typographic quotation marks to straight ones
+    fix_latin_ligatures: bool = True
+    fix_character_width: bool = True  # fullwidth Latin letters to plain ones
 
 
 class Quality(Settings):

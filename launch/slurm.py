@@ -122,15 +122,16 @@ def queued(jobs: list[str]) -> dict[str, dict[str, int]]:
     if not jobs or not shutil.which("squeue"):
         return {}
     try:
-        done = subprocess.run(["squeue", "-h", "-r", "-o", "%A|%F|%T"], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["squeue", "-h", "-r", "-o", "%F|%T|%r"], capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
         return {}
     states: dict[str, dict[str, int]] = {}
     for line in done.stdout.splitlines():
-        _, array, state = line.split("|")
+        array, state, reason = line.split("|")
         if array in jobs:
-            states.setdefault(array, {}).setdefault(state.lower(), 0)
-            states[array][state.lower()] += 1
+            # What a job waits for, where that is not simply its turn: an unmeetable request would wait for ever.
+            told = state.lower() if reason in ("None", "Priority", "Resources", "Dependency", "BeginTime") else f"{state.lower()}: {reason}"
+            states.setdefault(array, {})[told] = states.get(array, {}).get(told, 0) + 1
     return states
 
 

@@ -8,19 +8,19 @@ import numpy as np
 import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
-from regrowth.data_pipeline.transform_config import Boilerplate, MaskPii
+from regrowth.data_pipeline.transform_config import Boilerplate, FixUnicode, MaskPii
 from regrowth.data_pipeline.transforms.base import Filter, Mapper, Verdict, part, replaced, with_columns
 from regrowth.errors import UserError, need
 
 
-class FixUnicode(Mapper):
+class UnicodeRepair(Mapper):
     """ftfy over the texts that could need it: ASCII without entities, escapes or carriage returns is left alone."""
 
     name = "fix_unicode"
 
-    def __init__(self) -> None:
+    def __init__(self, config: FixUnicode) -> None:
         self._ftfy = need("ftfy", "the fix_unicode transform")
-        self._config = self._ftfy.TextFixerConfig(unescape_html="auto")
+        self._config = self._ftfy.TextFixerConfig(**config.model_dump(exclude={"kind"}))
 
     def rewrite(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
         """The repaired texts."""

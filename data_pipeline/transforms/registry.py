@@ -34,7 +34,7 @@ def _build(transform: Any) -> Any:
         from regrowth.data_pipeline.transforms import cleaning
 
         if isinstance(transform, config.FixUnicode):
-            return cleaning.FixUnicode()
+            return cleaning.UnicodeRepair(transform)
         return cleaning.BoilerplateLines(transform) if isinstance(transform, config.Boilerplate) else cleaning.MaskPersonalData(transform)
     from regrowth.data_pipeline.transforms import choosing
 
