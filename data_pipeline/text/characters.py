@@ -7,14 +7,14 @@ from functools import cache
 import numpy as np
 import pyarrow as pa
 
-from regrowth.data_pipeline.text.jit import inline
+from regrowth.data_pipeline.text.jit import jit
 
 SPACE, ALPHA, DIGIT, SYMBOL, UPPER, LOWER, EDGE, TERMINAL = (np.uint8(1 << bit) for bit in range(8))
 
 # Symbols that are no word on their own, beside Unicode's punctuation and controls.
 _SYMBOLS = "$+<=>^`|~"
 # What stands alone at the edge of a word: brackets, quotation marks, currencies and pictures (by category) and these.
-_EDGES = ",:;!?_#*&·%§=—–<>~"
+_EDGES = ",:;!?_#*&·%§=—–<>"
 _NOT_EDGES = "-/\\@.'’‐‑‒―"  # dots, hyphens and apostrophes have rules of their own
 
 
@@ -122,7 +122,7 @@ def buffers(texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     return (np.frombuffer(data, dtype=np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)), starts
 
 
-@inline
+@jit
 def decode(data, i):  # type: ignore[no-untyped-def]
     """The code point at byte `i` of valid UTF-8, and its length in bytes."""
     first = np.int64(data[i])
@@ -136,7 +136,7 @@ def decode(data, i):  # type: ignore[no-untyped-def]
     return point | (np.int64(data[i + 2]) & 0x3F) << 6 | (np.int64(data[i + 3]) & 0x3F), 4
 
 
-@inline
+@jit
 def before(data, i):  # type: ignore[no-untyped-def]
     """The code point that ends just before byte `i`, and its length in bytes."""
     j = i - 1
@@ -146,7 +146,7 @@ def before(data, i):  # type: ignore[no-untyped-def]
     return point, i - j
 
 
-@inline
+@jit
 def count_characters(data, start, stop):  # type: ignore[no-untyped-def]
     """How many code points lie in a range of bytes."""
     count = 0
@@ -155,7 +155,7 @@ def count_characters(data, start, stop):  # type: ignore[no-untyped-def]
     return count
 
 
-@inline
+@jit
 def hash_bytes(data, start, stop):  # type: ignore[no-untyped-def]
     """A 64-bit hash of a range of bytes: eight at a time through a multiply-rotate mixer."""
     state = np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(stop - start)
@@ -175,7 +175,7 @@ def hash_bytes(data, start, stop):  # type: ignore[no-untyped-def]
     return mix(state ^ word)
 
 
-@inline
+@jit
 def mix(value):  # type: ignore[no-untyped-def]
     """splitmix64's finaliser."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -3,10 +3,10 @@
 import numpy as np
 
 from regrowth.data_pipeline.text.characters import SPACE, decode, hash_bytes
-from regrowth.data_pipeline.text.jit import inline, jit
+from regrowth.data_pipeline.text.jit import jit
 
 
-@inline
+@jit
 def break_length(data, i, stop):  # type: ignore[no-untyped-def]
     """Bytes of the line break at byte `i` (those of `str.splitlines`), 0 where there is none."""
     byte = data[i]
@@ -21,7 +21,7 @@ def break_length(data, i, stop):  # type: ignore[no-untyped-def]
     return 0
 
 
-@inline
+@jit
 def trim(data, start, stop, classes):  # type: ignore[no-untyped-def]
     """The range without white space at its ends."""
     while start < stop:
@@ -40,7 +40,7 @@ def trim(data, start, stop, classes):  # type: ignore[no-untyped-def]
     return start, stop
 
 
-@inline
+@jit
 def add_to_set(table, key):  # type: ignore[no-untyped-def]
     """Put a nonzero key into an open-addressing set (uint64, a power of two long, zeros are free); whether it was there."""
     mask = np.uint64(len(table) - 1)
@@ -53,7 +53,7 @@ def add_to_set(table, key):  # type: ignore[no-untyped-def]
     return False
 
 
-@inline
+@jit
 def table_size(elements):  # type: ignore[no-untyped-def]
     """A power of two at least twice `elements`."""
     size = 8
@@ -88,7 +88,7 @@ def unit_hashes(data, offsets, classes, paragraphs, minimum):  # type: ignore[no
     return hashes, firsts
 
 
-@inline
+@jit
 def unit_end(data, start, stop, paragraphs):  # type: ignore[no-untyped-def]
     """Where the unit that starts at `start` ends, and where the next begins (beyond `stop` after the last)."""
     i = start

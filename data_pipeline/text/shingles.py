@@ -7,12 +7,12 @@ multiplications run eight at a time. Estimates are as good as those of a random 
 import numpy as np
 
 from regrowth.data_pipeline.text.characters import DROPPED, SEPARATOR, decode, mix
-from regrowth.data_pipeline.text.jit import inline, jit
+from regrowth.data_pipeline.text.jit import jit
 
 _ALONE_BIT = np.uint32(1 << 24)
 
 
-@inline
+@jit
 def _loose_words(data, start, stop, folds, keys):  # type: ignore[no-untyped-def]
     """Hashes of the words of a text, compared without case, diacritics, punctuation and numbers' values; returns how many."""
     count = 0
@@ -56,7 +56,7 @@ def _loose_words(data, start, stop, folds, keys):  # type: ignore[no-untyped-def
     return count
 
 
-@inline
+@jit
 def _shingle(keys, w, n):  # type: ignore[no-untyped-def]
     value = np.uint64(0)
     for k in range(n):
@@ -129,21 +129,51 @@ def word_counts(data, offsets, folds):  # type: ignore[no-untyped-def]
     return out
 
 
+_STEP = np.uint64(0x9FB21C651E98DF25)
+_FILTER_BITS = 24  # a 2 MB bitmap in front of the table: nearly all lookups end there, in the cache
+
+
 @jit
-def overlaps(data, offsets, folds, lengths, table, owners):  # type: ignore[no-untyped-def]
-    """Where texts share word n-grams with a table (open addressing, 0 free; `owners` beside it): per text the n-grams shared and the first owner."""
+def _sums(keys, words, sums):  # type: ignore[no-untyped-def]
+    """Running polynomial hashes, from which the hash of any n-gram is one multiplication."""
+    sums[0] = np.uint64(0)
+    for w in range(words):
+        sums[w + 1] = sums[w] * _STEP + keys[w]
+
+
+@jit
+def _ngram(sums, w, n, power):  # type: ignore[no-untyped-def]
+    return max(mix((sums[w + n] - sums[w] * power) ^ np.uint64(n)), np.uint64(1))
+
+
+@jit
+def _power(n):  # type: ignore[no-untyped-def]
+    power = np.uint64(1)
+    for _ in range(n):
+        power *= _STEP
+    return power
+
+
+@jit
+def overlaps(data, offsets, folds, lengths, table, owners, present):  # type: ignore[no-untyped-def]
+    """Where texts share word n-grams with a table (`build_table`): per text the n-grams shared, and the owner of the first."""
     texts = len(offsets) - 1
     shared, owner = np.zeros(texts, dtype=np.int64), np.full(texts, -1, dtype=np.int64)
     longest = 1
     for t in range(texts):
         longest = max(longest, offsets[t + 1] - offsets[t])
-    keys = np.empty(longest + 1, dtype=np.uint64)
+    keys, sums = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.uint64)
     mask = np.uint64(len(table) - 1)
     for t in range(texts):
         words = _loose_words(data, offsets[t], offsets[t + 1], folds, keys)
+        _sums(keys, words, sums)
         for n in lengths:
+            power = _power(n)
             for w in range(words - n + 1):
-                key = max(mix(_shingle(keys, w, n) ^ np.uint64(n)), np.uint64(1))
+                key = _ngram(sums, w, n, power)
+                bit = key >> np.uint64(64 - _FILTER_BITS)
+                if not present[bit >> np.uint64(6)] >> (bit & np.uint64(63)) & np.uint64(1):
+                    continue
                 place = key & mask
                 while table[place] != 0:
                     if table[place] == key:
@@ -159,30 +189,34 @@ def overlaps(data, offsets, folds, lengths, table, owners):  # type: ignore[no-u
 def build_table(data, offsets, folds, n, shortest, size):  # type: ignore[no-untyped-def]
     """The table that `overlaps` looks in: the n-grams of all texts; a text of `shortest` to n - 1 words is one n-gram itself.
 
-    Returns the table, the text that owns each entry, and which lengths occur.
+    Returns the table (open addressing, 0 is free), the text that owns each entry, which lengths occur, and the bitmap in front of it.
     """
     table, owners = np.zeros(size, dtype=np.uint64), np.zeros(size, dtype=np.int64)
-    lengths = np.zeros(n + 1, dtype=np.int64)
+    lengths, present = np.zeros(n + 1, dtype=np.int64), np.zeros(1 << (_FILTER_BITS - 6), dtype=np.uint64)
     longest = 1
     for t in range(len(offsets) - 1):
         longest = max(longest, offsets[t + 1] - offsets[t])
-    keys = np.empty(longest + 1, dtype=np.uint64)
+    keys, sums = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.uint64)
     mask = np.uint64(size - 1)
     for t in range(len(offsets) - 1):
         words = _loose_words(data, offsets[t], offsets[t + 1], folds, keys)
         if words < shortest:
             continue
+        _sums(keys, words, sums)
         width = min(words, n)
+        power = _power(width)
         lengths[width] = 1
         for w in range(words - width + 1):
-            key = max(mix(_shingle(keys, w, width) ^ np.uint64(width)), np.uint64(1))
+            key = _ngram(sums, w, width, power)
             place = key & mask
             while table[place] != 0 and table[place] != key:
                 place = (place + np.uint64(1)) & mask
             if table[place] == 0:
                 table[place] = key
                 owners[place] = t
-    return table, owners, lengths
+                bit = key >> np.uint64(64 - _FILTER_BITS)
+                present[bit >> np.uint64(6)] |= np.uint64(1) << (bit & np.uint64(63))
+    return table, owners, lengths, present
 
 
 @jit

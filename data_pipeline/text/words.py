@@ -4,6 +4,8 @@ The rules follow the conventions of English tokenization that the published filt
 include punctuation tokens); other languages get the same rules, as in those filters.
 """
 
+from functools import cache
+
 import numpy as np
 
 from regrowth.data_pipeline.text.characters import (
@@ -18,7 +20,7 @@ from regrowth.data_pipeline.text.characters import (
     decode,
     hash_bytes,
 )
-from regrowth.data_pipeline.text.jit import inline, jit
+from regrowth.data_pipeline.text.jit import jit
 
 # Abbreviations keep their dot (lower case; compared without case).
 _ABBREVIATIONS = [
@@ -112,9 +114,18 @@ _ABBREVIATIONS = [
 ]
 
 
+# Words whose 'd is a word of its own ("would", "had").
+_BEFORE_D = ["i", "you", "he", "she", "it", "we", "they", "who", "what", "when", "where", "why", "how", "there", "that", "this"]
+
+
+# Units that are split off a number.
+_UNITS = ["km", "m", "dm", "cm", "mm", "ha", "nm", "yd", "in", "ft", "kg", "g", "mg", "t", "lb", "oz", "kmh", "mph", "hPa", "Pa", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K"]
+
+
+@cache
 def abbreviations() -> np.ndarray:
-    """Sorted hashes of the abbreviations that keep their dot."""
-    return word_hashes(_ABBREVIATIONS)
+    """Sorted hashes of what the rules know by heart: abbreviations that keep their dot, pronouns with 'd, units (marked with #)."""
+    return word_hashes([*_ABBREVIATIONS, *("#" + unit for unit in _UNITS), *(word + mark + "d" for word in _BEFORE_D for mark in "'’")])
 
 
 def word_hashes(words: list[str]) -> np.ndarray:
@@ -123,14 +134,14 @@ def word_hashes(words: list[str]) -> np.ndarray:
     return np.sort(np.array([hash_bytes(e, 0, len(e)) for e in encoded], dtype=np.uint64))
 
 
-@inline
+@jit
 def contains(sorted_hashes, value):  # type: ignore[no-untyped-def]
     """Whether a sorted array holds a value."""
     low = np.searchsorted(sorted_hashes, value)
     return low < len(sorted_hashes) and sorted_hashes[low] == value
 
 
-@inline
+@jit
 def _hash_lower(data, start, stop):  # type: ignore[no-untyped-def]
     lowered = np.empty(stop - start, dtype=np.uint8)
     for k in range(stop - start):
@@ -139,12 +150,21 @@ def _hash_lower(data, start, stop):  # type: ignore[no-untyped-def]
     return hash_bytes(lowered, 0, stop - start)
 
 
-@inline
+@jit
+def _hash_unit(data, start, stop):  # type: ignore[no-untyped-def]
+    marked = np.empty(stop - start + 1, dtype=np.uint8)
+    marked[0] = 35
+    for k in range(stop - start):
+        marked[k + 1] = data[start + k]
+    return hash_bytes(marked, 0, stop - start + 1)
+
+
+@jit
 def _is_quote(point):  # type: ignore[no-untyped-def]
     return point == 39 or point == 34 or point == 96 or 0x2018 <= point <= 0x201F or point == 0xAB or point == 0xBB
 
 
-@inline
+@jit
 def _prefix_length(data, a, b, classes):  # type: ignore[no-untyped-def]
     """Bytes of the token that splits off at the front of [a, b), 0 for none."""
     point, size = decode(data, a)
@@ -160,8 +180,8 @@ def _prefix_length(data, a, b, classes):  # type: ignore[no-untyped-def]
     return 0
 
 
-@inline
-def _suffix_length(data, a, b, classes, keeps_dot):  # type: ignore[no-untyped-def]
+@jit
+def _suffix_length(data, a, b, classes, known, keeps_dot):  # type: ignore[no-untyped-def]
     """Bytes of the token that splits off at the end of [a, b), 0 for none."""
     point, size = before(data, b)
     if b - size < a:
@@ -176,7 +196,7 @@ def _suffix_length(data, a, b, classes, keeps_dot):  # type: ignore[no-untyped-d
             return 0
         last, length = before(data, start)
         cls = classes[last]
-        if cls & DIGIT or (cls & LOWER and not keeps_dot) or cls & EDGE or last == 43 or last == 45 or last == 0xB2:
+        if cls & DIGIT or (cls & LOWER and not keeps_dot) or (cls & EDGE and last != 36) or last == 43 or last == 45 or last == 0xB2:
             return 1
         if cls & UPPER and start - length > a:
             second, _ = before(data, start - length)
@@ -191,6 +211,12 @@ def _suffix_length(data, a, b, classes, keeps_dot):  # type: ignore[no-untyped-d
         return 0
     if classes[point] & EDGE:
         return size
+    if 65 <= point <= 122:
+        letters = 1
+        while letters < 4 and b - letters > a and 65 <= data[b - letters - 1] <= 122:
+            letters += 1
+        if letters < 4 and b - letters > a and 48 <= data[b - letters - 1] <= 57 and contains(known, _hash_unit(data, b - letters, b)):
+            return letters
     if (point == 115 or point == 83) and b - 1 > a:  # 's
         mark, length = before(data, b - 1)
         if (mark == 39 or mark == 0x2019) and b - 1 - length >= a:
@@ -198,8 +224,8 @@ def _suffix_length(data, a, b, classes, keeps_dot):  # type: ignore[no-untyped-d
     return 0
 
 
-@inline
-def _clitic(data, a, b):  # type: ignore[no-untyped-def]
+@jit
+def _clitic(data, a, b, known):  # type: ignore[no-untyped-def]
     """Where a clitic ('ll 're 've 'm 'd n't) starts in the word [a, b), or b."""
     if b - a < 3:
         return b
@@ -212,7 +238,9 @@ def _clitic(data, a, b):  # type: ignore[no-untyped-def]
             return b - 5
         return b
     width = 0
-    if last == 109 or (last == 100 and b - a <= 7):  # 'd after a pronoun; elsewhere it is an elided -ed
+    if last == 109 or (
+        last == 100 and b - a <= 9 and contains(known, _hash_lower(data, a, b))
+    ):  # 'd after a pronoun; else it is an elided -ed
         width = 1
     elif (last == 108 and data[b - 2] | 32 == 108) or (last == 101 and (data[b - 2] | 32 == 114 or data[b - 2] | 32 == 118)):
         width = 2
@@ -225,39 +253,52 @@ def _clitic(data, a, b):  # type: ignore[no-untyped-def]
     return b
 
 
-@inline
+@jit
 def _is_address(data, a, b):  # type: ignore[no-untyped-def]
-    """Whether [a, b) is a web or mail address, which stays whole."""
-    letters_after_dot = 0
-    seen_dot = False
-    for i in range(a, b):
+    """Whether [a, b) is a web or mail address or a file's name, which stay whole."""
+    i = a
+    while i < b and 97 <= data[i] | 32 <= 122:
+        i += 1
+    if a < i < b - 3 and data[i] == 58 and data[i + 1] == 47 and data[i + 2] == 47:
+        return True
+    host = a
+    for i in range(a + 1, b):
+        if data[i] == 64:
+            host = i + 1
+    # host.name or file.ext: letters, digits, hyphens and dots; the last label is of at least two small letters; a path may follow.
+    label, small, dots = 0, True, 0
+    for i in range(host, b):
         byte = data[i]
-        if byte == 58 and i + 2 < b and data[i + 1] == 47 and data[i + 2] == 47:
-            return i > a
-        if byte == 64 and a < i < b - 3:
-            return True
-        if byte >= 0x80:
-            return False
         if byte == 46:
-            if i == a or i == b - 1 or data[i + 1] == 46:
+            if label == 0:
                 return False
-            seen_dot, letters_after_dot = True, 0
-        elif 97 <= byte <= 122 or 48 <= byte <= 57 or byte == 45:
-            letters_after_dot += seen_dot and 97 <= byte <= 122
-        elif byte == 47 and seen_dot and letters_after_dot >= 2:
+            dots += 1
+            label, small = 0, True
+        elif 97 <= byte <= 122 or 65 <= byte <= 90 or 48 <= byte <= 57 or byte == 45:
+            label += 1
+            small = small and 97 <= byte <= 122
+        elif (byte == 47 or byte == 63 or byte == 58) and dots > 0 and small and label >= 2:
             return True
-        elif 65 <= byte <= 90:
-            if seen_dot:
-                return False
         else:
             return False
-    return False
+    return dots > 0 and small and label >= 2
 
 
-@inline
-def _emit(data, a, b, classes, starts, stops, count):  # type: ignore[no-untyped-def]
+@jit
+def _emit(data, a, b, classes, known, starts, stops, count):  # type: ignore[no-untyped-def]
     """The core of a word, cut inside: ellipses, hyphens and slashes between letters, and a clitic at its end."""
-    clitic = _clitic(data, a, b)
+    if (
+        b - a == 6
+        and data[a] == 97
+        and data[a + 1] == 110
+        and data[a + 2] == 100
+        and data[a + 3] == 47
+        and data[a + 4] == 111
+        and data[a + 5] == 114
+    ):
+        starts[count], stops[count] = a, b  # and/or
+        return count + 1
+    clitic = _clitic(data, a, b, known)
     begin = a
     i = a
     previous = np.int64(0)
@@ -317,6 +358,28 @@ def _emit(data, a, b, classes, starts, stops, count):  # type: ignore[no-untyped
 
 
 @jit
+def _join_faces(data, first, count, starts, stops):  # type: ignore[no-untyped-def]
+    """Join neighbouring marks that make a face, as tokenizers with emoticon rules do: ): :) (: :( ;) :] :* 8)."""
+    kept = first
+    w = first
+    while w < count:
+        starts[kept], stops[kept] = starts[w], stops[w]
+        if w + 1 < count and stops[w] == starts[w + 1] and stops[w] - starts[w] == 1 and stops[w + 1] - starts[w + 1] == 1:
+            x, y = data[starts[w]], data[starts[w + 1]]
+            if (
+                (x == 41 and y == 58)
+                or ((x == 58 or x == 59) and (y == 41 or y == 40 or y == 93 or (y == 42 and x == 58)))
+                or (x == 40 and y == 58)
+                or (x == 56 and y == 41)
+            ):
+                stops[kept] = stops[w + 1]
+                w += 1
+        kept += 1
+        w += 1
+    return kept
+
+
+@jit
 def split_words(data, start, stop, classes, known, starts, stops):  # type: ignore[no-untyped-def]
     """Write the byte ranges of the words of data[start:stop] into `starts` and `stops` (each at least stop - start long); returns how many."""
     count = 0
@@ -360,6 +423,7 @@ def split_words(data, start, stop, classes, known, starts, stops):  # type: igno
             starts[count], stops[count] = a, b
             count += 1
             continue
+        first = count
         # Prefixes and suffixes, as long as any splits off; an abbreviation keeps its dot.
         while a < b:
             length = _prefix_length(data, a, b, classes)
@@ -368,14 +432,10 @@ def split_words(data, start, stop, classes, known, starts, stops):  # type: igno
             starts[count], stops[count] = a, a + length
             count += 1
             a += length
-        if a == b:
-            continue
         end = b
         while end > a:
-            if _is_address(data, a, end):
-                break
-            keeps_dot = data[end - 1] == 46 and end - a <= 8 and contains(known, _hash_lower(data, a, end))
-            length = _suffix_length(data, a, end, classes, keeps_dot)
+            keeps_dot = data[end - 1] == 46 and end - a <= 8 and (end - a == 2 or contains(known, _hash_lower(data, a, end)))
+            length = _suffix_length(data, a, end, classes, known, keeps_dot)
             if length == 0 or end - length < a:
                 break
             end -= length
@@ -384,7 +444,7 @@ def split_words(data, start, stop, classes, known, starts, stops):  # type: igno
                 starts[count], stops[count] = a, end
                 count += 1
             else:
-                count = _emit(data, a, end, classes, starts, stops, count)
+                count = _emit(data, a, end, classes, known, starts, stops, count)
         # The suffixes, from left to right.
         while end < b:
             point, size = decode(data, end)
@@ -394,13 +454,17 @@ def split_words(data, start, stop, classes, known, starts, stops):  # type: igno
                     size += 1
             elif (point == 39 or point == 0x2019) and end + size < b and data[end + size] | 32 == 115:
                 size += 1
+            elif 65 <= point <= 122 and classes[point] & ALPHA:
+                while end + size < b and 65 <= data[end + size] <= 122 and classes[data[end + size]] & ALPHA:
+                    size += 1
             starts[count], stops[count] = end, end + size
             count += 1
             end += size
+        count = _join_faces(data, first, count, starts, stops)
     return count
 
 
-@inline
+@jit
 def is_symbol_word(data, start, stop, classes):  # type: ignore[no-untyped-def]
     """Whether a word is punctuation and symbols only."""
     i = start
@@ -412,7 +476,7 @@ def is_symbol_word(data, start, stop, classes):  # type: ignore[no-untyped-def]
     return True
 
 
-@inline
+@jit
 def has_letter(data, start, stop, classes):  # type: ignore[no-untyped-def]
     """Whether a word has an alphabetic character."""
     i = start

@@ -185,7 +185,7 @@ def _unspaced(word: str) -> bool:
 
 
 class Decontaminator(Filter):
-    """Drops with: overlap. `counts` names the evaluation file of every hit, and the items too short to be checked."""
+    """Drops with: overlap; `meta.overlap` names the evaluation item. `counts` sums documents by evaluation file; `unchecked` items are too short."""
 
     name = "decontaminate"
 
@@ -198,17 +198,15 @@ class Decontaminator(Filter):
         array = pa.array(texts, pa.large_string())
         words = word_counts(*buffers(array), folds())
         size = 1 << max(4, int(2 * max(int(words.sum()), 1) - 1).bit_length())
-        self.table, owners, lengths = build_table(*buffers(array), folds(), config.words, config.shortest, size)
+        self.table, owners, lengths, self.present = build_table(*buffers(array), folds(), config.words, config.shortest, size)
         self.owners, self.lengths = owners, np.flatnonzero(lengths)
         self.unchecked = int((words < config.shortest).sum())
-        self.counts["items checked"] = len(texts) - self.unchecked
-        self.counts["items too short to be checked"] = self.unchecked
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
         from regrowth.data_pipeline.text.characters import buffers, folds
         from regrowth.data_pipeline.text.shingles import overlaps
 
-        shared, owner = overlaps(*buffers(batch.column("text")), folds(), self.lengths, self.table, self.owners)
+        shared, owner = overlaps(*buffers(batch.column("text")), folds(), self.lengths, self.table, self.owners, self.present)
         hit = shared > self.config.max_shared
         verdict = Verdict.keep_all(len(batch))
         verdict.drop(hit, "overlap")
