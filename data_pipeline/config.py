@@ -70,9 +70,9 @@ class DataConfig(Settings):
     @field_validator("transforms")
     @classmethod
     def _each_dedup_once(cls, value: list[Transform]) -> list[Transform]:
-        for kind in (ExactDedup, MinHashDedup):
+        for kind, name in ((ExactDedup, "exact_dedup"), (MinHashDedup, "minhash_dedup")):
             if sum(isinstance(t, kind) for t in value) > 1:
-                raise ValueError(f"{kind.model_fields['kind'].annotation.__args__[0]} stands twice; once is enough")
+                raise ValueError(f"{name} stands twice; once is enough")
         return value
 
 

@@ -49,6 +49,7 @@ class JsonlSource(SourceSettings):
 class TableSource(SourceSettings):
     """What parquet and Arrow sources share."""
 
+    kind: str
     path: str
     text_key: str = "text"
     domain: str | None = None

@@ -42,7 +42,7 @@ class _Tables:
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"{found[0].path}: not readable as {self.config.kind} ({error}). Remove it from the source or fetch it again."
-            ) from error  # pyright: ignore[reportAttributeAccessIssue]
+            ) from error
         if self.config.text_key not in columns:
             raise UserError(f"{found[0].path}: no column {self.config.text_key!r}; set text_key to one of: {', '.join(columns)}.")
         return [item for file in found for item in self._split(file, target_bytes)]

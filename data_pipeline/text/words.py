@@ -119,7 +119,40 @@ _BEFORE_D = ["i", "you", "he", "she", "it", "we", "they", "who", "what", "when",
 
 
 # Units that are split off a number.
-_UNITS = ["km", "m", "dm", "cm", "mm", "ha", "nm", "yd", "in", "ft", "kg", "g", "mg", "t", "lb", "oz", "kmh", "mph", "hPa", "Pa", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K"]
+_UNITS = [
+    "km",
+    "m",
+    "dm",
+    "cm",
+    "mm",
+    "ha",
+    "nm",
+    "yd",
+    "in",
+    "ft",
+    "kg",
+    "g",
+    "mg",
+    "t",
+    "lb",
+    "oz",
+    "kmh",
+    "mph",
+    "hPa",
+    "Pa",
+    "mb",
+    "MB",
+    "kb",
+    "KB",
+    "gb",
+    "GB",
+    "tb",
+    "TB",
+    "T",
+    "G",
+    "M",
+    "K",
+]
 
 
 @cache
@@ -390,14 +423,15 @@ def split_words(data, start, stop, classes, known, starts, stops):  # type: igno
             i += size
             continue
         a = i
-        plain = True  # letters and digits only: nothing to cut
+        plain, digit = True, False  # letters only, or digits behind letters: nothing to cut
         while i < stop:
             byte = data[i]
             if byte < 0x80:
                 cls = classes[byte]
                 if cls & SPACE:
                     break
-                plain = plain and cls & (ALPHA | DIGIT) != 0
+                plain = plain and (cls & DIGIT != 0 or (cls & ALPHA != 0 and not digit))
+                digit = digit or cls & DIGIT != 0
                 i += 1
             else:
                 point, size = decode(data, i)
