@@ -1,10 +1,10 @@
 # Two commands are all a newcomer needs: make quickstart, make test.
 #   PYTHON=python3.12            another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL              where pip finds CPU builds of PyTorch, if your package index offers only CUDA builds
-#   EXTRAS=dev,fasttext,mpi      which optional dependencies are installed
+#   EXTRAS=dev,curation,mpi      which optional dependencies are installed
 #   QUICKSTART="run.steps=50"    overrides for the main job
 PYTHON ?= python3
-EXTRAS ?= dev,fasttext,mpi
+EXTRAS ?= dev,curation,fasttext,mpi
 TORCH_INDEX ?=
 QUICKSTART ?=
 VENV := .venv

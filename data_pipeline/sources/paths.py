@@ -112,9 +112,41 @@ def open_raw(path: str) -> BinaryIO:
         return Path(path).open("rb")
     fs, inner = _filesystem(path, "path")
     try:
-        return cast(BinaryIO, fs.open(inner, "rb"))
+        return cast(BinaryIO, io.BufferedReader(_Remote(fs.open(inner, "rb")), 1 << 20))
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _Remote(io.RawIOBase):
+    """A file of fsspec with the whole interface of files, and with OSError for whatever its protocol raises."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self.inner.seekable())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.inner.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.inner.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self.inner.read(len(buffer))
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.inner.close()
+        super().close()
 
 
 def open_packed(path: str, max_ratio: float = 200.0) -> BinaryIO:
