@@ -252,7 +252,7 @@ def _refuse_difference(root: Path, there: dict[str, Any], wanted: dict[str, Any]
     if before == after:
         return
     old, new = (json.dumps(plan, indent=1, sort_keys=True, default=str).splitlines() for plan in (before, after))
-    changed = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if not line.startswith(("---", "+++", "@@"))]
+    changed = [line for line in difflib.unified_diff(old, new, lineterm="", n=4) if not line.startswith(("---", "+++", "@@"))]
     shown = "\n".join(changed[:40]) + (f"\n... and {len(changed) - 40} more lines" if len(changed) > 40 else "")
     raise UserError(f"{root}: holds a corpus of another recipe or another input (- there, + wanted):\n{shown}\n"
                     "Go back to the recipe it was begun with, or name another folder.")  # fmt: skip
