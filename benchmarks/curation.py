@@ -213,7 +213,7 @@ def _rensa(texts: list[str]) -> None:
     for text in texts:
         words = text.lower().split()
         shingles.append([" ".join(words[i : i + 5]) for i in range(len(words) - 4)] or [text])
-    rensa.RMinHash.digest_matrix_from_token_sets(shingles, 112, 1)
+    rensa.RMinHash.digest_matrix_from_token_sets(shingles, 112, 1)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def recall(documents: list[tuple[str, str]], pairs_a_bin: int) -> None:
@@ -314,7 +314,7 @@ def extraction(folder: Path, repeats: int) -> None:
     def bare() -> None:
         for path in paths:
             data = path.read_bytes()
-            extract_plain_text(bytes_to_str(data, detect_encoding(data)), main_content=True, alt_texts=False)
+            extract_plain_text(bytes_to_str(data, detect_encoding(data) or "utf-8"), main_content=True, alt_texts=False)
 
     ours()
     time_ours, time_bare = seconds(ours, repeats), seconds(bare, repeats)

@@ -58,9 +58,9 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.exists() or (path.suffix == ".toml" and len(path.parts) > 1):
         return path
-    shipped = recipe_folder() / f"{path.stem}.toml"
-    if shipped.exists():
-        return shipped
+    for folder in (recipe_folder(), recipe_folder() / "data"):
+        if (shipped := folder / f"{path.stem}.toml").exists():
+            return shipped
     raise UserError(f"{name}: neither a file nor a recipe; {nearest(path.stem, recipes())}")
 
 

@@ -32,7 +32,10 @@ def test_scores_are_added_in_order_and_read_back() -> None:
     batch = batch_of("a", "b", "c")
     scores = append_score(batch.column("scores"), "first", np.array([0.1, 0.2, 0.3]))
     scores = append_score(scores.slice(1), "second", np.array([5.0, 6.0]))
-    assert [[(k, round(v, 6)) for k, v in row] for row in scores.to_pylist()] == [[("first", 0.2), ("second", 5.0)], [("first", 0.3), ("second", 6.0)]]
+    assert [[(k, round(v, 6)) for k, v in row] for row in scores.to_pylist()] == [
+        [("first", 0.2), ("second", 5.0)],
+        [("first", 0.3), ("second", 6.0)],
+    ]
     assert score_of(scores, "second").tolist() == [5.0, 6.0] and score_of(scores, "none", -1).tolist() == [-1, -1]
 
 
@@ -93,7 +96,9 @@ def test_blocked_words_match_whole_words_in_any_case(tmp_path: Path) -> None:
 
 def test_a_fasttext_classifier_scores_and_drops(tmp_path: Path) -> None:
     fasttext = pytest.importorskip("fasttext", reason="needs the fasttext extra")
-    lines = [f"__label__1 {prose(i, 3)}" for i in range(200)] + [f"__label__0 {' '.join('xyzw'[i % 4] * 3 for i in range(k, k + 30))}" for k in range(200)]
+    lines = [f"__label__1 {prose(i, 3)}" for i in range(200)] + [
+        f"__label__0 {' '.join('xyzw'[i % 4] * 3 for i in range(k, k + 30))}" for k in range(200)
+    ]
     (tmp_path / "train.txt").write_text("\n".join(line.replace("\n", " ") for line in lines))
     fasttext.train_supervised(str(tmp_path / "train.txt"), epoch=10, wordNgrams=2, thread=1, verbose=0).save_model(str(tmp_path / "m.bin"))
     good, bad = prose(999, 4), " ".join(["xxx yyy zzz"] * 20)
@@ -117,7 +122,13 @@ def test_evaluation_items_are_found_however_they_are_spelled(tmp_path: Path) -> 
     write_jsonl(tmp_path / "evals/a.jsonl", [{"query": item}, {"query": "too short"}, {"choices": [short]}])
     transform = choosing.Decontaminator(tc.Decontaminate(kind="decontaminate", path=str(tmp_path / "evals")))
     shouted = item.upper().replace(" ", "  ").replace("?", "!")
-    texts = [prose(1, 20), f"{prose(2, 5)} {shouted} {prose(3, 5)}", " ".join(item.split()[:12]), f"{short}, said he.", f"{prose(4, 5)} {item}"]
+    texts = [
+        prose(1, 20),
+        f"{prose(2, 5)} {shouted} {prose(3, 5)}",
+        " ".join(item.split()[:12]),
+        f"{short}, said he.",
+        f"{prose(4, 5)} {item}",
+    ]
     kept, dropped = transform(batch_of(*texts))
     assert kept.column("text").to_pylist() == [texts[0], texts[2]]
     assert dropped is not None and dropped.column("reason").to_pylist() == ["overlap"] * 3
@@ -127,7 +138,9 @@ def test_evaluation_items_are_found_however_they_are_spelled(tmp_path: Path) -> 
 
 
 def test_decontamination_agrees_with_a_slow_search_on_real_evaluation_sets(shared_data: Path) -> None:
-    transform = choosing.Decontaminator(tc.Decontaminate(kind="decontaminate", path=str(shared_data / "evals/arc_easy.jsonl.xz"), fields=["query"]))
+    transform = choosing.Decontaminator(
+        tc.Decontaminate(kind="decontaminate", path=str(shared_data / "evals/arc_easy.jsonl.xz"), fields=["query"])
+    )
     with lzma.open(shared_data / "evals/arc_easy.jsonl.xz", "rt", encoding="utf-8") as rows:
         items = [json.loads(line)["query"] for line in rows]
     long = [item for item in items if len(item.split()) >= 16][:40]
@@ -149,7 +162,9 @@ def test_page_furniture_goes_and_prose_that_mentions_it_stays() -> None:
     page = "Home\nSkip to main content\nCookies are small pieces of text, and this long sentence explains in prose what they do for the reader of pages.\nThe story.\nShare on Facebook\n\nIt ends here.\nAll rights reserved."
     transform = cleaning.BoilerplateLines(tc.Boilerplate(kind="boilerplate", max_removed_fraction=0.7))
     kept, reasons = outcome(transform, batch_of(page, "Home\nLogin\nMenu\nA line."))
-    assert kept == ["Cookies are small pieces of text, and this long sentence explains in prose what they do for the reader of pages.\nThe story.\n\nIt ends here."]
+    assert kept == [
+        "Cookies are small pieces of text, and this long sentence explains in prose what they do for the reader of pages.\nThe story.\n\nIt ends here."
+    ]
     assert reasons == ["mostly_boilerplate"] and transform.counts["lines"] == 7
     with pytest.raises(UserError, match="not a regular expression"):
         cleaning.BoilerplateLines(tc.Boilerplate(kind="boilerplate", patterns=["("]))
@@ -162,7 +177,11 @@ def test_page_furniture_goes_and_prose_that_mentions_it_stays() -> None:
         ("at 8.8.8.8 and 10.0.0.1, 192.168.1.1", "at 192.0.2.1 and 10.0.0.1, 192.168.1.1", {"ips": 1}),
         ("version 1.2.3.4.5 and 300.1.1.1", "version 1.2.3.4.5 and 300.1.1.1", {}),
         ("call (555) 867-5309 or +49 30 1234567.", "call 555-0100 or 555-0100.", {"phones": 2}),
-        ("212-555-0187 is one; 2024-01-02, 1234567890 and 3.14159 are not", "555-0100 is one; 2024-01-02, 1234567890 and 3.14159 are not", {"phones": 1}),
+        (
+            "212-555-0187 is one; 2024-01-02, 1234567890 and 3.14159 are not",
+            "555-0100 is one; 2024-01-02, 1234567890 and 3.14159 are not",
+            {"phones": 1},
+        ),
         ("nothing @ all", "nothing @ all", {}),
     ],
 )

@@ -161,3 +161,14 @@ def test_real_text_of_twelve_domains_is_curated(shared_data: Path, tmp_path: Pat
     values["sources"] = [{"kind": "jsonl", "path": str(shared_data / "corpora"), "max_megabytes": 0.15}]
     corpus = prepare(DataConfig.model_validate(values))
     assert len(corpus.domains) == 12 and corpus.verify() >= 12
+
+
+def test_the_shipped_data_recipes_are_valid_and_found_by_name() -> None:
+    from regrowth.data_pipeline.config import DataRecipe
+    from regrowth.settings import find_recipe, load, recipe_folder
+
+    found = sorted((recipe_folder() / "data").glob("*.toml"))
+    assert found
+    for path in found:
+        assert find_recipe(path.stem) == path
+        assert load(DataRecipe, path).data.sources

@@ -53,7 +53,9 @@ def test_what_is_no_page_has_a_reason(tmp_path: Path) -> None:
         response("https://a.org/img", b"\x89PNG", content_type="image/png"),
         response("https://a.org/empty", b""),
         response("https://a.org/scripts", b"<html><body><script>x()</script></body></html>"),
-        response("https://a.org/latin", PAGE.format("Caf\u00e9 cr\u00e8me " * 9).encode("latin-1"), content_type="text/html; charset=iso-8859-1"),
+        response(
+            "https://a.org/latin", PAGE.format("Caf\u00e9 cr\u00e8me " * 9).encode("latin-1"), content_type="text/html; charset=iso-8859-1"
+        ),
         response("https://a.org/plain", b"just plain text", content_type="text/plain"),
         warc_record("response", "dns:a.org", b"1.2.3.4", "text/dns"),
         warc_record("conversion", "https://a.org/wet", b"text of a WET record", "text/plain"),

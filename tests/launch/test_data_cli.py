@@ -91,7 +91,9 @@ def test_mpi_ranks_make_the_same_corpus(source: Path, local: Corpus, tmp_path: P
     assert same(Corpus.open(corpus), local)
     broken = tmp_path / "broken.toml"
     broken.write_text(recipe(tmp_path, source).read_text().replace(str(source), str(tmp_path / "nowhere")))
-    done = subprocess.run([str(mpirun), "-n", "2", sys.executable, "-m", "regrowth", "data", "run", str(broken)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [str(mpirun), "-n", "2", sys.executable, "-m", "regrowth", "data", "run", str(broken)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0 and "nowhere: there is no such file" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -142,7 +144,9 @@ def test_slurm_says_when_too_much_failed(cluster: Path, source: Path, tmp_path: 
 
 
 def test_an_array_script_asks_for_what_the_recipe_says(tmp_path: Path) -> None:
-    options = ExecutorConfig(kind="slurm", throttle=7, partition="cpu", account="lab", minutes=90, memory_gigabytes=2.5, setup=["module load x"], attempts=4)
+    options = ExecutorConfig(
+        kind="slurm", throttle=7, partition="cpu", account="lab", minutes=90, memory_gigabytes=2.5, setup=["module load x"], attempts=4
+    )
     text = render_array(ArrayJob("name-0-curate", tmp_path / "it's here", 0, 64, after="12"), options)
     for line in ("#SBATCH --array=0-63%7", "#SBATCH --partition=cpu", "#SBATCH --account=lab", "#SBATCH --time=90", "#SBATCH --mem=2560",
                  "#SBATCH --dependency=afterany:12", "#SBATCH --requeue", "module load x"):  # fmt: skip
@@ -195,7 +199,10 @@ def test_a_removed_near_duplicate_names_what_was_kept_instead(local: Corpus) -> 
     assert "minhash_dedup: kept for a cluster of 2" in regrowth("data", "trace", local.folder, keeper[1]).stdout
     told = regrowth("data", "trace", local.folder, gone["exact_dedup", "duplicate"]).stdout
     assert re.search(r"exact_dedup: removed in favour of [0-9a-f]{32} from its copies", told)
-    assert "dropped by gopher_repetition: top_2_gram" in regrowth("data", "trace", local.folder, gone["gopher_repetition", "top_2_gram"]).stdout
+    assert (
+        "dropped by gopher_repetition: top_2_gram"
+        in regrowth("data", "trace", local.folder, gone["gopher_repetition", "top_2_gram"]).stdout
+    )
     sums = regrowth("data", "trace", local.folder, "--source", "/").stdout
     assert "122 documents" in sums and "1  minhash_dedup: near_duplicate" in sums
 
