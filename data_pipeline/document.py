@@ -30,6 +30,9 @@ DOCUMENT = pa.schema(
 DROPPED = DOCUMENT.append(pa.field("transform", pa.string())).append(pa.field("reason", pa.string()))
 
 
+EMPTY = "empty_file"  # the reason of a file that holds nothing at all
+
+
 class Raw(NamedTuple):
     """A document as a source hands it over. `dropped` names a reason why the source itself could not use it."""
 
@@ -51,7 +54,7 @@ def to_batches(documents: Iterable[Raw], bytes_per_batch: int = 8 << 20, level: 
     size = 0
     for document in documents:
         held.append(document)
-        size += len(document.text) + 64
+        size += len(document.text) + 64 + sum(len(v) for v in document.meta.values() if isinstance(v, str))
         if size >= bytes_per_batch:
             yield _parted(held, level)
             held, size = [], 0

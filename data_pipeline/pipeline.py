@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.document import EMPTY
 from regrowth.data_pipeline.phases.base import Funnel, Phase, add_funnel, new_funnel
 from regrowth.data_pipeline.phases.curate import CuratePhase, Parts
 from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase, Removals
 from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.phases.shard import FinishPhase, ShardPhase, TokenizerPhase
+from regrowth.data_pipeline.source_config import JsonlSource, MegatronSource
 from regrowth.data_pipeline.sources.base import Item
 from regrowth.data_pipeline.sources.registry import build_source
 from regrowth.data_pipeline.tokenizer import Tokenizer
-from regrowth.data_pipeline.transform_config import ExactDedup, FastTextScore, GlobalTransform, Language, LineDedup, MinHashDedup
+from regrowth.data_pipeline.transform_config import (
+    Decontaminate,
+    ExactDedup,
+    FastTextScore,
+    GlobalTransform,
+    Language,
+    LineDedup,
+    MinHashDedup,
+)
 from regrowth.errors import UserError
 from regrowth.files import fingerprint, read_json, sha256_of, write_json
 from regrowth.settings import validate
@@ -59,8 +69,10 @@ class Pipeline:
         if (root / "plan.json").exists():
             there = read_json(root / "plan.json")
             _refuse_difference(root, there, plan, config)
-            return cls(root, {**there, "config": plan["config"]})
-        if root.exists() and any(p.name != ".lock" for p in root.iterdir()):
+            if there["config"] != plan["config"]:  # who does the work, and how often it is tried, may change: workers read it here
+                write_json(root / "plan.json", plan)
+            return cls(root, plan)
+        if root.exists() and any(not p.name.startswith(".") for p in root.iterdir()):
             raise UserError(f"{root}: this folder is not empty and holds no plan of a corpus. Name another with data.folder.")
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / "plan.json", plan)
@@ -165,7 +177,7 @@ class Pipeline:
             return
         reasons: collections.Counter[str] = collections.Counter()
         for (_, transform, reason), (documents, _) in self.funnel().items():
-            if reason:
+            if reason and reason != EMPTY:
                 reasons[f"{transform}: {reason}"] += documents
         if not reasons:
             raise UserError("data.sources: no document was found in any source. Check their paths and suffixes.")
@@ -208,7 +220,7 @@ def list_items(config: DataConfig) -> list[tuple[int, Item]]:
     ]
     owner: dict[str, int] = {}
     for number, item in items:
-        for path in item.paths:
+        for path in item.paths if config.sources[number].kind != "datasets" else [f"{item.paths[0]} ({item.stamp})"]:
             if owner.setdefault(path, number) != number:
                 raise UserError(f"data.sources.{owner[path]} and data.sources.{number} both read {path}: its documents would be there twice under one id. "
                                 "Let the paths not overlap.")  # fmt: skip
@@ -226,15 +238,17 @@ def corpus_folder(config: DataConfig) -> Path:
 def _inputs(config: DataConfig) -> dict[str, str]:
     """Hashes of the files that transforms and the tokenizer are made of: a changed model or word list is another recipe."""
     inputs = {"tokenizer": Tokenizer.load(config.tokenizer.path).hash} if config.tokenizer.path else {}
+    for number, source in enumerate(config.sources):
+        if isinstance(source, MegatronSource):
+            inputs[f"sources.{number}.tokenizer"] = Tokenizer.load(Path(source.tokenizer)).hash
     for number, transform in enumerate(config.transforms):
         for key in ("model", "path", "domains", "urls", "words"):
             value = getattr(transform, key, None)
             if isinstance(value, str) and Path(value).is_file():
                 inputs[f"transforms.{number}.{key}"] = sha256_of(Path(value))
-            elif isinstance(value, str) and key == "path" and Path(value).is_dir():
-                inputs[f"transforms.{number}.{key}"] = fingerprint(
-                    [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(value).iterdir())]
-                )
+            elif isinstance(value, str) and isinstance(transform, Decontaminate):
+                listed = build_source(JsonlSource(kind="jsonl", path=value)).items(1 << 62)
+                inputs[f"transforms.{number}.{key}"] = fingerprint([item.describe() for item in listed])
     return inputs
 
 

@@ -1,17 +1,20 @@
 """From config to corpus on this machine: plan it, do its phases, open it. Every task that is done is passed over on a rerun."""
 
+import shutil
 from pathlib import Path
 
 from regrowth.data_pipeline.config import DataConfig
-from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.corpus import SPLITS, Corpus
 from regrowth.data_pipeline.executors.local import Progress, run_local
 from regrowth.data_pipeline.phases.shard import ShardPhase
 from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
-from regrowth.files import exclusive, read_json
+from regrowth.files import exclusive, read_json, write_json
+
+_REOPENING = ".reopening.json"
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
-    """Build the corpus of `config`, or open it if it is finished.
+def prepare(config: DataConfig, progress: Progress | None = None, retry_failed: bool = False) -> Corpus:
+    """Build the corpus of `config`, or open it if it is finished. `retry_failed` tries inputs again that were given up.
 
     Raises:
         UserError: a source is missing or empty, or every document was dropped (with the reasons counted).
@@ -20,26 +23,43 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
     folder = corpus_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / ".lock"):  # whoever comes second waits, and then finds it finished
-        planned = Pipeline.create(config)
-        reopen(planned)
-        pipeline = Pipeline(planned.root, planned.plan)  # with nothing remembered of phases that were opened again
+        pipeline = planned(config, retry_failed)
         if not pipeline.finished:
             run_local(pipeline, config.workers, progress or (lambda *_: None))
     return Corpus.open(pipeline.root)
 
 
-def reopen(pipeline: Pipeline, retry_failed: bool = False) -> None:
-    """Make unfinished again what has lost shards (removed because they were damaged) or, if asked, what was finished without some inputs."""
+def planned(config: DataConfig, retry_failed: bool = False) -> Pipeline:
+    """The pipeline of a recipe, planned or opened, with what has to be done again made unfinished.
+
+    That is: the shards that were removed because they were damaged and, if asked, everything behind inputs that were given up.
+    """
+    pipeline = Pipeline.create(config)
+    mark = pipeline.root / _REOPENING
     again = _first_to_redo(pipeline, retry_failed)
-    if again is None:
-        return
-    (pipeline.root / "corpus.json").unlink(missing_ok=True)
-    for phase in pipeline.phases[again:]:
-        keep_records = isinstance(phase, ShardPhase) and not retry_failed
-        for path in phase.folder.glob("*") if phase.folder.exists() else ():
-            lost = not keep_records or path.name == "complete.json" or _has_lost_shards(pipeline.root, path)
-            if lost and (phase is not pipeline.phases[0] or path.name == "complete.json"):
+    if again is not None and not mark.exists():
+        write_json(mark, {"phase": again, "keep_shards": not retry_failed})
+    if mark.exists():  # ours, or of a process that was killed in the middle of this
+        _reopen(pipeline, **read_json(mark))
+        mark.unlink()
+    return Pipeline(pipeline.root, pipeline.plan)  # with nothing remembered of phases that were opened again
+
+
+def _reopen(pipeline: Pipeline, phase: int, keep_shards: bool) -> None:
+    root = pipeline.root
+    (root / "corpus.json").unlink(missing_ok=True)
+    for reopened in reversed(pipeline.phases[phase:]):
+        paths = sorted(reopened.folder.glob("*"), key=lambda path: path.name != "complete.json") if reopened.folder.exists() else []
+        for path in paths:
+            is_gate = path.name == "complete.json"
+            if is_gate or not (reopened is pipeline.phases[0] or (isinstance(reopened, ShardPhase) and keep_shards and _has_its_shards(root, path))):
                 path.unlink()
+        if not keep_shards and reopened is not pipeline.phases[0]:
+            for path in (root / "dropped").glob(f"{reopened.name}-*.arrow"):
+                path.unlink()
+    if not keep_shards:
+        for split in SPLITS:
+            shutil.rmtree(root / split, ignore_errors=True)
 
 
 def _first_to_redo(pipeline: Pipeline, retry_failed: bool) -> int | None:
@@ -50,8 +70,8 @@ def _first_to_redo(pipeline: Pipeline, retry_failed: bool) -> int | None:
     return None
 
 
-def _has_lost_shards(root: Path, record: Path) -> bool:
+def _has_its_shards(root: Path, record: Path) -> bool:
     if record.suffix != ".json":
-        return False
+        return True
     shards = [root / summary["path"] for _, _, summary in read_json(record)["shards"]]
-    return any(not path.exists() or not path.with_suffix(".json").exists() for path in shards)
+    return all(path.exists() and path.with_suffix(".json").exists() for path in shards)

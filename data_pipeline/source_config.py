@@ -54,6 +54,7 @@ class TableSource(SourceSettings):
     text_key: str = "text"
     domain: str | None = None
     domain_key: str = "domain"
+    max_document_megabytes: Positive = 64.0  # a larger one is dropped, by name
 
 
 class ParquetSource(TableSource):
@@ -79,6 +80,7 @@ class DatasetsSource(SourceSettings):
     domain: str | None = None
     domain_key: str = "domain"
     max_documents: Annotated[int, Field(gt=0)] | None = None
+    max_document_megabytes: Positive = 64.0
 
 
 class WebSettings(SourceSettings):

@@ -14,6 +14,7 @@ from regrowth.data_pipeline.phases.curate import CuratePhase
 from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import UserError
+from regrowth.files import read_json
 
 
 @dataclass
@@ -49,7 +50,7 @@ def trace(pipeline: Pipeline, document: str) -> Trace:
         found = _same(found, batch, row, document)
         found.meta = batch.column("meta")[row].as_py()
         found.steps.append(f"dropped by {batch.column('transform')[row].as_py()}: {batch.column('reason')[row].as_py()}")
-    for path, batch, row in _rows(sorted(p for split in ("train", "heldout") for p in (pipeline.root / split).glob("*/*.arrow")), document):
+    for path, batch, row in _rows(_shards(pipeline), document):
         if found is not None:
             tokens = len(batch.column("tokens")[row].values)
             found.steps.append(f"sharded: {path.relative_to(pipeline.root)}, {tokens:,} tokens")
@@ -71,6 +72,14 @@ def _same(found: Trace | None, batch: pa.RecordBatch, row: int, document: str) -
     found.meta = batch.column("meta")[row].as_py()
     found.text = batch.column("text")[row].as_py()
     return found
+
+
+def _shards(pipeline: Pipeline) -> list[Path]:
+    """The shards of the finished corpus: those its manifest names, not whatever lies about."""
+    if not pipeline.finished:
+        return []
+    splits = read_json(pipeline.root / "corpus.json")["splits"]
+    return sorted(pipeline.root / row["path"] for by_domain in splits.values() for rows in by_domain.values() for row in rows)
 
 
 def _rows(paths: list[Path], document: str) -> Iterator[tuple[Path, pa.RecordBatch, int]]:
@@ -146,7 +155,7 @@ def survivors(pipeline: Pipeline, source: str) -> Survival:
     if not pipeline.finished:
         raise UserError(f"{pipeline.root}: not finished; `regrowth data status` tells how far it is.")
     result = Survival([], Counter())
-    for path in sorted(p for split in ("train", "heldout") for p in (pipeline.root / split).glob("*/*.arrow")):
+    for path in _shards(pipeline):
         with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
             for batch in reader:
                 sources = pc.list_element(batch.column("lineage"), 0)

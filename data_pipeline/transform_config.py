@@ -8,6 +8,7 @@ from regrowth.settings import PlainName, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Words = Annotated[int, Field(ge=1, le=64)]
 
 
 class Normalise(Settings):
@@ -71,8 +72,8 @@ class GopherRepetition(Settings):
     max_repeated_paragraphs: Fraction = 0.30
     max_repeated_line_characters: Fraction = 0.20
     max_repeated_paragraph_characters: Fraction = 0.20
-    top_ngrams: dict[int, Fraction] = {2: 0.20, 3: 0.18, 4: 0.16}
-    repeated_ngrams: dict[int, Fraction] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    top_ngrams: dict[Words, Fraction] = {2: 0.20, 3: 0.18, 4: 0.16}
+    repeated_ngrams: dict[Words, Fraction] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 class C4(Settings):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def show_plan(config: DataConfig, console: Console) -> None:
     console.print(f"phases: {', '.join(phase.name for phase in planned.phases)}", soft_wrap=True)
 
 
-def prepare_with_progress(config: DataConfig, console: Console) -> Corpus:
+def prepare_with_progress(config: DataConfig, console: Console, retry_failed: bool = False) -> Corpus:
     """Build or open the corpus of a config, showing progress."""
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -49,7 +50,7 @@ def prepare_with_progress(config: DataConfig, console: Console) -> Corpus:
                     console.print(f"{what} ...")
             progress.update(tasks[what], completed=done, total=total)
 
-        return prepare_corpus(config, report)
+        return prepare_corpus(config, report, retry_failed)
 
 
 def show(corpus: str, overrides: list[str]) -> None:
@@ -75,11 +76,13 @@ def print_corpus(corpus: Corpus, console: Console) -> None:
         rows = corpus.manifest["splits"]["train"][domain]
         documents, text = sum(r["documents"] for r in rows), sum(r["text_bytes"] for r in rows)
         tokens = corpus.tokens("train", domain)
-        table.add_row(domain, f"{tokens:,}", f"{corpus.tokens('heldout', domain):,}", f"{documents:,}", f"{text / max(tokens, 1):.2f}")
+        table.add_row(
+            escape(domain), f"{tokens:,}", f"{corpus.tokens('heldout', domain):,}", f"{documents:,}", f"{text / max(tokens, 1):.2f}"
+        )
     console.print(table)
     if silent := [domain for domain in corpus.domains if not corpus.tokens("heldout", domain)]:
         console.print(
-            f"note: no held-out text in {', '.join(silent)}, so no bits per byte there; raise data.heldout_fraction to have some.",
+            f"note: no held-out text in {escape(', '.join(silent))}, so no bits per byte there; raise data.heldout_fraction to have some.",
             soft_wrap=True,
         )
     funnel = Table("domain", "after", "documents", "MB", "dropped here, by reason", title="funnel")
@@ -95,7 +98,13 @@ def print_corpus(corpus: Corpus, console: Console) -> None:
         for transform in order:
             if (domain, transform) in kept or (domain, transform) in dropped:
                 documents, bytes_ = kept.get((domain, transform), (0, 0))
-                funnel.add_row(domain, transform, f"{documents:,}", f"{bytes_ / 1e6:.2f}", ", ".join(dropped.get((domain, transform), [])))
+                funnel.add_row(
+                    escape(domain),
+                    escape(transform),
+                    f"{documents:,}",
+                    f"{bytes_ / 1e6:.2f}",
+                    escape(", ".join(dropped.get((domain, transform), []))),
+                )
     console.print(funnel)
 
 

@@ -14,7 +14,7 @@ from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.executors.ranks import pass_gates, work
 from regrowth.data_pipeline.pipeline import Pipeline
-from regrowth.data_pipeline.prepare import reopen
+from regrowth.data_pipeline.prepare import planned
 from regrowth.data_pipeline.status import PhaseStatus, corpus_status
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import read_json, write_json
@@ -32,20 +32,18 @@ def run(recipe: str, overrides: list[str], executor: str | None, dry_run: bool, 
     if dry_run:
         return show_plan(config, console)
     if kind == "mpi":
-        return _run_mpi(config, console)
+        return _run_mpi(config, console, retry_failed)
     if kind == "slurm":
         return _run_slurm(config, console, print_only, wait, retry_failed)
-    if retry_failed:
-        reopen(Pipeline.create(config), retry_failed=True)
-    corpus = prepare_with_progress(config, console)
+    corpus = prepare_with_progress(config, console, retry_failed)
     console.print(f"corpus {corpus.folder}", soft_wrap=True)
     return print_corpus(corpus, console)
 
 
-def _run_mpi(config: DataConfig, console: Console) -> None:
+def _run_mpi(config: DataConfig, console: Console, retry_failed: bool) -> None:
     from regrowth.data_pipeline.executors.mpi import run_mpi
 
-    pipeline, first = run_mpi(config, lambda what, done, total: console.print(f"{what} {'...' if not done else 'done'}"))
+    pipeline, first = run_mpi(config, lambda what, done, total: console.print(f"{what} {'...' if not done else 'done'}"), retry_failed)
     if first:
         corpus = Corpus.open(pipeline.root)
         console.print(f"corpus {corpus.folder}", soft_wrap=True)
@@ -54,14 +52,14 @@ def _run_mpi(config: DataConfig, console: Console) -> None:
 
 def _run_slurm(config: DataConfig, console: Console, print_only: bool, wait: bool, retry_failed: bool) -> None:
     pipeline = Pipeline.create(config)
-    reopen(pipeline, retry_failed)
-    pipeline = Pipeline(pipeline.root, pipeline.plan)
+    if not print_only and (busy := queued([job["id"] for job in _submitted(pipeline)])):
+        raise UserError(f"{pipeline.root}: jobs {', '.join(busy)} of an earlier submission are still in the queue. Wait for them, or cancel them: "
+                        f"scancel {' '.join(busy)}")  # fmt: skip
+    if not print_only:
+        pipeline = planned(config, retry_failed)
     if pipeline.finished:
         console.print(f"{pipeline.root}: finished already", soft_wrap=True)
         return
-    if busy := queued([job["id"] for job in _submitted(pipeline)]):
-        raise UserError(f"{pipeline.root}: jobs {', '.join(busy)} of an earlier submission are still in the queue. Wait for them, or cancel them: "
-                        f"scancel {' '.join(busy)}")  # fmt: skip
     (pipeline.root / "slurm").mkdir(exist_ok=True)
     jobs: list[dict[str, Any]] = []
     for number, ranks in _array_sizes(pipeline, config.workers):
@@ -103,7 +101,7 @@ def _wait(root: Path, console: Console) -> None:
     with Live(console=console, refresh_per_second=1, transient=True) as live:
         while not (pipeline := Pipeline.open(root)).finished:
             live.update(_table(pipeline))
-            if not queued([job["id"] for job in _submitted(pipeline)]):
+            if not _still_queued(pipeline):
                 time.sleep(2.0)  # the last record may still be on its way
                 if not Pipeline.open(root).finished:
                     raise RunFailed(f"{root}: no job is left in the queue and the corpus is not finished. `regrowth data status {root}` names the "
@@ -111,6 +109,13 @@ def _wait(root: Path, console: Console) -> None:
                 break
             time.sleep(1.0)
     print_corpus(Corpus.open(root), console)
+
+
+def _still_queued(pipeline: Pipeline) -> bool:
+    try:
+        return bool(queued([job["id"] for job in _submitted(pipeline)]))
+    except RunFailed:  # the controller does not answer: nothing is known
+        return True
 
 
 def worker(folder: Path, phase: int, rank: int, world: int) -> None:
@@ -160,7 +165,10 @@ def _table(pipeline: Pipeline) -> Table:
     state = "finished" if pipeline.finished else "not finished"
     table = Table("phase", "tasks", "documents", "MB of text", "MB/s", "left", "failed", title=f"{pipeline.root.name}: {state}")
     jobs = {job["phase"]: job["id"] for job in _submitted(pipeline)}
-    states = queued(list(jobs.values())) if not pipeline.finished else {}
+    try:
+        states = queued(list(jobs.values())) if not pipeline.finished else {}
+    except RunFailed:
+        states = {}
     if states:
         table.add_column("in the queue")
     for row in corpus_status(pipeline):

@@ -4,6 +4,7 @@ import json
 from html import escape
 from pathlib import Path
 
+from rich import markup
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def inspect(path: Path, count: int, seed: int) -> None:
         ("tokenizer", index.tokenizer_hash),
         ("sha256", index.sha256),
     ):
-        table.add_row(name, value)
+        table.add_row(name, markup.escape(value))
     console.print(table)
     _print_histogram(statistics, console)
     tokenizer = _tokenizer_of(path, index.tokenizer_hash)
@@ -77,7 +78,7 @@ def stats(corpus: Corpus, split: str, html: Path | None) -> None:
         table = Table("", "tokens", "share", "", title=title)
         for name, tokens in counts.most_common(20):
             share = tokens / max(statistics.tokens, 1)
-            table.add_row(name, f"{tokens:,}", f"{share:.1%}", "█" * round(_BAR * share))
+            table.add_row(markup.escape(name), f"{tokens:,}", f"{share:.1%}", "█" * round(_BAR * share))
         if len(counts) > 20:
             table.add_row(f"and {len(counts) - 20:,} more", f"{sum(n for _, n in counts.most_common()[20:]):,}", "", "")
         console.print(table)

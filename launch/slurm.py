@@ -107,7 +107,8 @@ def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
         partition=_option(options.partition) if options.partition else "",
         account=_option(options.account) if options.account else "",
         after=job.after,
-        logs=_option(str((job.folder / "slurm").resolve())),
+        log_option=_option(str((job.folder / "slurm").resolve())),
+        logs=shlex.quote(str((job.folder / "slurm").resolve())),
         warn_seconds=min(60, options.minutes * 30),
         setup=options.setup,
         python=shlex.quote(sys.executable),
@@ -118,13 +119,17 @@ def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
 
 
 def queued(jobs: list[str]) -> dict[str, dict[str, int]]:
-    """How many tasks of each job are in which state, for jobs that are still known to be waiting or running."""
+    """How many tasks of each job are in which state, for jobs that are still known to be waiting or running.
+
+    Raises:
+        RunFailed: Slurm does not answer, so nothing is known.
+    """
     if not jobs or not shutil.which("squeue"):
         return {}
     try:
-        done = subprocess.run(["squeue", "-h", "-r", "-o", "%F|%T|%r"], capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return {}
+        done = subprocess.run(["squeue", "-h", "-r", "-o", "%F|%T|%r"], capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise RunFailed(f"squeue does not answer ({error}); the controller may be down. Try again when it is back.") from error
     states: dict[str, dict[str, int]] = {}
     for line in done.stdout.splitlines():
         array, state, reason = line.split("|")

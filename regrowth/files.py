@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         RunFailed: the disk is full or the quota used up; nothing at `path` has changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # A number of its own beside the process id: two nodes, or two containers, can have the same one.
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with disk_full_is_a_letter(path):
             yield partial
@@ -88,7 +90,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, readable by people."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name that is not UTF-8
+        text = json.dumps(value, indent=1) + "\n"
+    write_text(path, text)
 
 
 def read_json(path: Path) -> Any:
@@ -139,4 +146,4 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 def fingerprint(value: Any, length: int = 16) -> str:
     """A short content hash of any JSON-able value; equal values give equal names, whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]

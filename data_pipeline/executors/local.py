@@ -2,7 +2,9 @@
 
 import collections
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,9 +144,18 @@ class _Team:
                 worker.process.kill()
 
 
+def _end_with_the_parent() -> None:
+    """An orphan must not go on beside the run that takes up its tasks."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _serve(pipe: Connection, root: str) -> None:
     """A worker: tasks in, None or an error out, until the pipe closes."""
     one_thread_each()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     pipeline = Pipeline.open(Path(root))
     while True:
         try:

@@ -108,7 +108,7 @@ class Phase:
         if self.done(task):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(f".part-{task:05d}*.partial-*"):  # of a process that was killed
+        for stale in self.folder.glob(f".part-{task:05d}.*partial-*"):  # of a process that was killed
             with contextlib.suppress(OSError):
                 stale.unlink()
         begin = time.time()

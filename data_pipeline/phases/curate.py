@@ -5,16 +5,17 @@ segment reads the parts of the one before without what was found to be duplicate
 """
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
-from regrowth.data_pipeline.document import DOCUMENT, DROPPED, mark_dropped, to_batches
+from regrowth.data_pipeline.document import DOCUMENT, DROPPED, EMPTY, Raw, mark_dropped, to_batches
 from regrowth.data_pipeline.phases.base import Funnel, Phase, count, funnel_rows, new_funnel
 from regrowth.data_pipeline.sources.registry import build_source
 from regrowth.data_pipeline.transform_config import LineDedup, MinHashDedup
@@ -67,7 +68,7 @@ class CuratePhase(Phase):
 
     def run(self, task: int) -> dict[str, Any]:
         """Read, transform, write what is kept and what is dropped."""
-        funnel, keys = new_funnel(), _Keys(self)
+        funnel, keys = new_funnel(), _Keys(self, task)
         counted = [t.counts.copy() for t in self.transforms]
         documents = bytes_ = read_bytes = 0
         dropped_path = self.pipeline.root / "dropped" / f"{self.name}-{task:05d}.arrow"
@@ -96,7 +97,7 @@ class CuratePhase(Phase):
                     keys.add(batch)
                     documents += len(batch)
                     bytes_ += pc.sum(pc.binary_length(batch.column("text"))).as_py()
-        keys.write(task)
+        keys.write()
         counts = {t.name: dict(t.counts - before) for t, before in zip(self.transforms, counted, strict=True) if t.counts - before}
         return {
             "documents": documents,
@@ -116,11 +117,17 @@ class CuratePhase(Phase):
             return
         number, item = self.pipeline.items[task]
         config = self.pipeline.config.sources[number]
+        found = False
         for batch, unusable in to_batches(build_source(config).read(item), level=config.level):
+            found = True
             count(funnel, batch, "source", "")
             drop(unusable)
             if len(batch):
                 yield batch
+        if not found and item.piece is None:
+            domain = getattr(config, "domain", None) or PurePath(item.paths[0]).name.split(".")[0]
+            for _, nothing in to_batches(Raw("", domain, path, dropped=EMPTY) for path in item.paths):
+                drop(nothing)
 
 
 def _count_dropped(funnel: Funnel, batch: pa.RecordBatch) -> None:
@@ -130,14 +137,13 @@ def _count_dropped(funnel: Funnel, batch: pa.RecordBatch) -> None:
 
 
 class _Keys:
-    """What the deduplications behind a segment need of its documents, written beside each part."""
+    """What the deduplications behind a segment need of its documents, written beside each part: band keys [bands, documents], weights
+    [documents], unit hashes [units] and units per document. Batches are spooled to disk, for an item may hold very many documents.
+    """
 
-    def __init__(self, phase: CuratePhase) -> None:
-        self.phase = phase
-        self.bands: list[np.ndarray] = []
-        self.weights: list[np.ndarray] = []
-        self.units: list[np.ndarray] = []
-        self.unit_counts: list[np.ndarray] = []
+    def __init__(self, phase: CuratePhase, task: int) -> None:
+        self.phase, self.task = phase, task
+        self.spools: dict[str, _Spool] = {}
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Compute the keys of one batch."""
@@ -147,30 +153,66 @@ class _Keys:
             from regrowth.data_pipeline.text.shingles import band_keys, hash_functions
 
             functions = hash_functions(minhash.bands * minhash.rows, minhash.seed)
-            self.bands.append(band_keys(*buffers(texts), folds(), minhash.words, *functions, minhash.bands, minhash.rows))
+            self._spool(".bands.npy", band_keys(*buffers(texts), folds(), minhash.words, *functions, minhash.bands, minhash.rows))
             best = score_of(batch.column("scores"), minhash.score, -np.inf) if minhash.keep == "best_score" else None
             lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
-            self.weights.append(
-                (best if best is not None else lengths if minhash.keep == "longest" else np.zeros(len(batch))).astype(np.float64)
-            )
+            weights = best if best is not None else lengths if minhash.keep == "longest" else np.zeros(len(batch))
+            self._spool(".weights.npy", weights.astype(np.float64))
         if lines is not None:
             from regrowth.data_pipeline.text.characters import buffers, character_classes
             from regrowth.data_pipeline.text.lines import unit_hashes
 
             hashes, firsts = unit_hashes(*buffers(texts), character_classes(), lines.unit == "paragraph", lines.min_bytes)
-            self.units.append(hashes)
-            self.unit_counts.append(np.diff(firsts))
+            self._spool(".units.npy", hashes)
+            self._spool(".unit_counts.npy", np.diff(firsts))
 
-    def write(self, task: int) -> None:
-        """Write the arrays: band keys [bands, documents], weights [documents], unit hashes [units] and units per document."""
+    def _spool(self, suffix: str, array: np.ndarray) -> None:
+        if suffix not in self.spools:
+            self.spools[suffix] = _Spool(array, self.phase.folder)
+        self.spools[suffix].add(array)
+
+    def write(self) -> None:
+        """Write the arrays; empty ones where there was no document."""
         minhash = self.phase.minhash
-        if minhash is not None:
-            empty = [np.zeros((minhash.bands, 0), np.uint64)]
-            save(self.phase.path(task, ".bands.npy"), np.concatenate(self.bands or empty, axis=1))
-            save(self.phase.path(task, ".weights.npy"), np.concatenate(self.weights or [np.zeros(0)]))
-        if self.phase.lines is not None:
-            save(self.phase.path(task, ".units.npy"), np.concatenate(self.units or [np.zeros(0, np.uint64)]))
-            save(self.phase.path(task, ".unit_counts.npy"), np.concatenate(self.unit_counts or [np.zeros(0, np.int64)]))
+        if minhash is not None and not self.spools:
+            self._spool(".bands.npy", np.zeros((minhash.bands, 0), np.uint64))
+            self._spool(".weights.npy", np.zeros(0))
+        if self.phase.lines is not None and ".units.npy" not in self.spools:
+            self._spool(".units.npy", np.zeros(0, np.uint64))
+            self._spool(".unit_counts.npy", np.zeros(0, np.int64))
+        for suffix, spool in self.spools.items():
+            spool.write(self.phase.path(self.task, suffix))
+
+
+class _Spool:
+    """Arrays of equal leading shape, joined along their last axis through a temporary file."""
+
+    def __init__(self, like: np.ndarray, folder: Path) -> None:
+        self.dtype, self.leading, self.widths = like.dtype, like.shape[:-1], []
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the spool
+
+    def add(self, array: np.ndarray) -> None:
+        """Append an array."""
+        self.widths.append(array.shape[-1])
+        self.file.write(np.ascontiguousarray(array).tobytes())
+
+    def write(self, path: Path) -> None:
+        """Write the joined array as .npy."""
+        self.file.seek(0)
+        with atomic_path(path) as partial:
+            if not sum(self.widths):  # nothing to map
+                with partial.open("wb") as out:
+                    np.save(out, np.zeros((*self.leading, 0), self.dtype), allow_pickle=False)
+                return
+            joined = np.lib.format.open_memmap(partial, mode="w+", dtype=self.dtype, shape=(*self.leading, sum(self.widths)))
+            begin = 0
+            for width in self.widths:
+                count = int(np.prod(self.leading, dtype=np.int64)) * width
+                piece = np.frombuffer(self.file.read(count * self.dtype.itemsize), self.dtype)
+                joined[..., begin : begin + width] = piece.reshape(*self.leading, width)
+                begin += width
+            joined.flush()
+            del joined
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -186,8 +228,10 @@ def load(path: Path) -> np.ndarray:
         UserError: it is missing or damaged.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            empty = path.stat().st_size < 4096 and np.load(file, allow_pickle=False).size == 0  # nothing cannot be mapped
+        array = np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path}: missing or damaged ({error}). Remove {path.with_suffix('').with_suffix('')}*; the next run makes it again."
         ) from error

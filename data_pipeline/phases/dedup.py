@@ -78,10 +78,11 @@ class ExactPhase(Phase):
         tasks = len(self.task_sizes)
         hashes, keys = [], []
         for part in self.parts.present():
+            kept = self.parts.kept_rows(part, self.parts.phase.record(part)["documents"])
             for start, batch in self.parts.batches(part):
                 column = batch.column("content_hash")
                 halves = np.frombuffer(column.buffers()[1], "<u8", count=2 * len(batch), offset=16 * column.offset).reshape(-1, 2)
-                mine = halves[:, 0] % np.uint64(tasks) == task if tasks > 1 else slice(None)
+                mine = kept[start : start + len(batch)] & ((halves[:, 0] % np.uint64(tasks) == task) if tasks > 1 else True)
                 hashes.append(halves[mine].copy())
                 keys.append(document_key(part, np.arange(start, start + len(batch)))[mine])
         removed = np.zeros((0, 2), np.int64)

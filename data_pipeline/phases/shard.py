@@ -18,7 +18,7 @@ from regrowth.data_pipeline.shards import ShardWriter, shard_metadata, shard_sch
 from regrowth.data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from regrowth.data_pipeline.transforms.hashing import heldout_mask
 from regrowth.errors import UserError
-from regrowth.files import atomic_path, read_json, write_json
+from regrowth.files import atomic_path, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from regrowth.data_pipeline.pipeline import Pipeline
@@ -113,7 +113,9 @@ class ShardPhase(Phase):
         for stale in root.glob(f"*/*/.{task:05d}-*.partial-*"):
             stale.unlink(missing_ok=True)
         tokenizer = Tokenizer.load(root / "tokenizer")
-        encoder = build_encoder(tokenizer, read_json(engine_file(root))["engine"])
+        # The choice is on file; being told to use the reference goes before it (the remedy when the two disagree later on).
+        engine = "tokenizers" if config.tokenizer.engine == "tokenizers" else read_json(engine_file(root))["engine"]
+        encoder = build_encoder(tokenizer, engine)
         writers: dict[tuple[str, str], ShardWriter] = {}
         funnel, documents = new_funnel(), 0
         with contextlib.ExitStack() as stack:
@@ -227,7 +229,13 @@ class FinishPhase(Phase):
 
 def domain_folder(domain: str) -> str:
     """A domain's name as a folder name: what is not plain is escaped, so that two domains never share one."""
-    return "".join(c if c.isalnum() or (c in "-_." and domain[0] != ".") else f"%{ord(c):02x}" for c in domain) or "%empty"
+    name = "".join(
+        c if c.isalnum() or (c in "-_." and domain[0] != ".") else "".join(f"%{byte:02x}" for byte in c.encode("utf-8", "surrogatepass"))
+        for c in domain
+    )
+    if len(name.encode()) > 120:  # file systems end at 255 bytes
+        name = f"{name[:30]}-{fingerprint(domain)}"
+    return name or "%empty"
 
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

@@ -9,7 +9,7 @@ from regrowth.data_pipeline.source_config import JsonlSource, TextSource
 from regrowth.data_pipeline.sources.base import Item, decode, grouped, item_of, pieces, read_lines
 from regrowth.data_pipeline.sources.paths import PACKED, find_files, open_packed, open_raw
 
-_MAX_FILE_BYTES = 256 << 20  # of a text file: it is one document, and held whole
+_MAX_FILE_BYTES = 64 << 20  # of a text file: it is one document, and held whole
 
 
 class TextFiles:

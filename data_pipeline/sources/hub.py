@@ -37,7 +37,12 @@ class HubDataset:
         Raises:
             UserError: the dataset, the split or the text column is not there.
         """
-        c, rows, first, place = self.config, self._rows(), 0, f"{self.config.path}/{self.config.split}"
+        c, rows, first, place = (
+            self.config,
+            self._rows(),
+            0,
+            "/".join(filter(None, (self.config.path, self.config.name, self.config.split))),
+        )
         if item.piece and hasattr(rows, "num_rows"):
             first = item.piece[0]
             rows = rows.select(range(*item.piece))
@@ -55,6 +60,9 @@ class HubDataset:
             domain = row.get(c.domain_key) if not c.domain else None
             known = (c.text_key, c.domain_key)
             meta = {k: v for k, v in row.items() if k not in known and isinstance(v, str | int | float)}
+            if isinstance(text, str) and len(text) > c.max_document_megabytes * 1e6:
+                yield Raw("", fallback, f"{place}@{number}", dropped="document_too_large")
+                continue
             yield Raw(text or "", domain if isinstance(domain, str) else fallback, f"{place}@{number}", meta,
                       dropped="" if isinstance(text, str) else f"no_{c.text_key}")  # fmt: skip
 

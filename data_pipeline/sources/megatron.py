@@ -52,9 +52,11 @@ class IndexedDataset:
             documents = np.frombuffer(index, np.int64, borders, at + 12 * sequences)
             ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             tokens = np.memmap(binary, _TYPES[code], "r") if binary.stat().st_size else np.zeros(0, _TYPES[code])
-            if len(tokens) < ends[-1] or (len(documents) and documents[-1] > sequences):
+            if not len(documents) or documents[0] < 0 or documents[-1] > sequences or (np.diff(documents) < 0).any() or (lengths < 0).any():
+                raise ValueError("the borders of its documents are not ascending numbers of sequences")
+            if len(tokens) < ends[-1]:
                 raise ValueError(f"{binary.name} has {len(tokens):,} tokens where the index counts {ends[-1]:,}")
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, OverflowError, IndexError, struct.error) as error:
             raise UserError(f"{idx}: not readable as Megatron's indexed dataset: {error}.") from error
         return cls(tokens, ends[documents])
 
@@ -76,7 +78,9 @@ class MegatronFiles:
         width, count = data.tokens.itemsize, len(data.borders) - 1
         runs = max(1, min(count, round(len(data.tokens) * width / target_bytes)))
         at = [count * k // runs for k in range(runs + 1)]
-        return [item_of(file, piece=(a, b), size=int(data.borders[b] - data.borders[a]) * width) for a, b in itertools.pairwise(at)]
+        stat = Path(file.path).with_suffix(".bin").stat()
+        both = Found(file.path, file.size, f"{file.stamp},{stat.st_size},{stat.st_mtime_ns}")
+        return [item_of(both, piece=(a, b), size=int(data.borders[b] - data.borders[a]) * width) for a, b in itertools.pairwise(at)]
 
     def read(self, item: Item) -> Iterator[Raw]:
         """The documents of the item's run, without the end-of-text token."""

@@ -64,7 +64,20 @@ def _walk(folder: Path, key: str) -> list[Path]:
         raise UserError(f"{key} = {folder}: {error.filename} cannot be listed ({error.strerror}). Make it readable, or name the readable "
                         "folders as sources of their own.") from error  # fmt: skip
 
-    return [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names if (Path(root) / name).is_file()]
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = Path(root).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back into the tree
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in names:
+            path = Path(root) / name
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{key} = {folder}: {path} is a link to nothing. Mend it or remove it.")
+            if path.is_file():
+                found.append(path)
+    return found
 
 
 def _local(path: Path) -> Found:
@@ -181,7 +194,7 @@ class _Guarded(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self.inner.read(len(buffer))
+            data = self.inner.read1(len(buffer))  # not read: that loses what it has gathered when the end turns out to be missing
         except (EOFError, lzma.LZMAError, OSError) as error:
             raise DamagedFileError(f"ends in the middle or is damaged ({error})") from error
         except Exception as error:  # zlib.error, ZstdError: neither is an OSError
@@ -200,18 +213,22 @@ class _Guarded(io.RawIOBase):
 
 
 class _Zstd:
-    """Frames of zstandard one after the other, noticing when the last one is not whole (the library's own reader does not)."""
+    """Frames of zstandard one after the other, noticing when the last one is not whole (the library's own reader does not).
+
+    Fed a kilobyte at a time: that much packed text can unpack to at most about 32 MB, so that a bomb is seen before it fills the memory.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
 
-        self.raw, self.make = raw, zstandard.ZstdDecompressor(max_window_size=2**31)
+        self.raw, self.make = raw, zstandard.ZstdDecompressor(max_window_size=1 << 27)
         self.frame: Any = None
-        self.pending, self.held = b"", b""
+        self.pending, self.held, self.at = b"", b"", 0
 
-    def read(self, size: int) -> bytes:
-        while not self.held:
-            data = self.pending or self.raw.read(1 << 16)
+    def read1(self, size: int) -> bytes:
+        """Up to `size` bytes; empty at the end."""
+        while self.at == len(self.held):
+            data = self.pending or self.raw.read(1 << 10)
             self.pending = b""
             if not data:
                 if self.frame is not None:
@@ -219,11 +236,11 @@ class _Zstd:
                 return b""
             if self.frame is None:
                 self.frame = self.make.decompressobj()
-            self.held = self.frame.decompress(data)
+            self.held, self.at = self.frame.decompress(data), 0
             if self.frame.eof:
                 self.pending, self.frame = self.frame.unused_data, None
-        data, self.held = self.held[:size], self.held[size:]
-        return data
+        begin, self.at = self.at, min(self.at + size, len(self.held))
+        return self.held[begin : self.at]
 
     def close(self) -> None:
-        pass
+        """Nothing to close: the file is the caller's."""

@@ -57,9 +57,13 @@ class _Tables:
                 yield Raw("", fallback, path, {"columns": ", ".join(columns)}, dropped="wrong_schema")
                 return
             for number, batch in self._batches(path, item.piece):
-                yield from self._rows(path, batch, number, fallback)
+                batch.validate(full=True)  # offsets and text of a foreign file: reading unchecked ones can end the process
+                for begin, some in _in_pieces(batch):
+                    yield from self._rows(path, some, number + begin, fallback)
                 number += len(batch)
-        except (pa.ArrowException, OSError) as error:
+        except KeyError as error:
+            yield Raw("", fallback, path, {"error": f"not exactly one column {error}"}, dropped="wrong_schema")
+        except (pa.ArrowException, OSError, ValueError) as error:
             yield Raw("", fallback, f"{path}@after-{number}", {"error": str(error)}, dropped="damaged_file")
 
     def _rows(self, path: str, batch: pa.RecordBatch, first: int, fallback: str) -> Iterator[Raw]:
@@ -69,12 +73,23 @@ class _Tables:
             return
         rest = [name for name in batch.schema.names if name != c.text_key and _is_scalar(batch.schema.field(name).type)]
         texts, others = batch.column(c.text_key).to_pylist(), [batch.column(name).to_pylist() for name in rest]
+        limit = c.max_document_megabytes * 1e6
         for row, text in enumerate(texts):
+            if text is not None and len(text) > limit:
+                yield Raw("", fallback, f"{path}@{first + row}", dropped="document_too_large")
+                continue
             meta: dict[str, Any] = {name: values[row] for name, values in zip(rest, others, strict=True) if values[row] is not None}
             domain = meta.pop(c.domain_key, None) if not c.domain else None
             yield Raw(
                 text or "", str(domain or fallback), f"{path}@{first + row}", meta, dropped="" if text is not None else f"no_{c.text_key}"
             )
+
+
+def _in_pieces(batch: pa.RecordBatch, target_bytes: int = 16 << 20) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """A batch in runs of rows of about `target_bytes`, so that few Python objects live at once."""
+    rows = max(1, int(len(batch) * target_bytes / max(batch.nbytes, 1)))
+    for begin in range(0, len(batch), rows):
+        yield begin, batch.slice(begin, rows)
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -118,7 +133,10 @@ class ParquetFiles(_Tables):
             wanted = [
                 name for name in file.schema_arrow.names if _is_scalar(file.schema_arrow.field(name).type) or name == self.config.text_key
             ]
-            for batch in file.iter_batches(batch_size=1024, row_groups=list(range(first, stop)), columns=wanted):
+            groups = [file.metadata.row_group(g) for g in range(first, stop)]
+            average = sum(g.total_byte_size for g in groups) / max(sum(g.num_rows for g in groups), 1)
+            size = max(1, min(1024, int((16 << 20) / max(average, 1))))
+            for batch in file.iter_batches(batch_size=size, row_groups=list(range(first, stop)), columns=wanted):
                 yield number, batch
                 number += len(batch)
 

@@ -92,25 +92,56 @@ _Record = tuple[str, str, str, str | None, bytes, str]
 def _warc_records(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, _Record | None]]:
     warc = need("fastwarc.warc", "reading web archives")
     wanted = warc.WarcRecordType.response | warc.WarcRecordType.conversion | warc.WarcRecordType.resource
-    for record in warc.ArchiveIterator(stream, record_types=wanted, parse_http=True):
-        url = record.headers.get("WARC-Target-URI") or ""
-        http = record.record_type == warc.WarcRecordType.response
-        if http and not url.startswith(("http:", "https:", "<http")):
-            yield record.stream_pos, None  # dns: and the like are no pages
+    offset, truncated = 0, False
+    for record in warc.ArchiveIterator(stream, record_types=warc.WarcRecordType.any_type, parse_http=False):
+        offset = record.stream_pos
+        url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
+        if not record.record_type & wanted or url.startswith("dns:"):
+            yield offset, None  # requests, metadata and the like are no pages
             continue
-        promised = record.content_length
-        body = record.reader.read(max_bytes + 1)
-        named = record.http_content_type if http else record.headers.get("Content-Type")
-        kind = (named or "").split(";")[0].strip().lower()
+        body = record.reader.read(max_bytes + _MAX_HEADER_BYTES)
+        truncated = len(body) < record.content_length and len(body) < max_bytes + _MAX_HEADER_BYTES
+        named, charset = record.headers.get("Content-Type") or "", "utf-8"
         problem = ""
-        if http and record.http_headers is not None and record.http_headers.status_code != 200:
-            problem = "http_status"
-        elif len(body) < promised and len(body) <= max_bytes:
+        if record.record_type == warc.WarcRecordType.response:
+            status, headers, body, problem = _parse_http(body, max_bytes)
+            named = headers.get("content-type", "")
+            charset = _charset(named)
+            problem = "http_status" if status != 200 else problem
+        kind = named.partition(";")[0].strip().lower()
+        if truncated:
             problem = "truncated_record"
-        elif not (kind in _HTML_TYPES or kind == "text/plain"):
+        elif not problem and not (kind in _HTML_TYPES or kind == "text/plain"):
             problem = "not_a_page"
         date = record.record_date.isoformat() if record.record_date else ""
-        yield record.stream_pos, (url.strip("<>"), date, kind, record.http_charset if http else "utf-8", body, problem)
+        yield offset, (url, date, kind, charset, body, problem)
+    if not truncated and not _ends_whole(stream, offset):
+        raise EOFError("the archive ends in the middle of a record")
+
+
+def _charset(content_type: str) -> str | None:
+    return content_type.partition(";")[2].lower().partition("charset=")[2].strip(" \"'\r") or None
+
+
+def _ends_whole(stream: BinaryIO, last: int) -> bool:
+    """Whether an archive ends where a record ends; the reader stops in silence when it is cut in a record's header."""
+    size = stream.seek(0, 2)
+    stream.seek(last)
+    begin = stream.read(2)
+    if begin != b"\x1f\x8b":
+        stream.seek(max(size - 4, 0))
+        return size == 0 or stream.read(4).endswith(b"\r\n\r\n") or size < 4
+    stream.seek(last)
+    member = zlib.decompressobj(31)
+    while data := stream.read(1 << 16):
+        while data:
+            member.decompress(data)
+            data = member.unused_data
+            if member.eof and data:
+                member = zlib.decompressobj(31)
+            elif not member.eof:
+                break
+    return member.eof
 
 
 def _arc_records(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, _Record | None]]:
@@ -134,18 +165,17 @@ def _arc_records(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, _Recor
         if fields[0].startswith("filedesc:") or not fields[0].startswith("http"):
             yield begin, None
             continue
-        status, headers, page = _parse_http(body)
-        kind, _, rest = headers.get("content-type", fields[3]).partition(";")
-        charset = rest.partition("charset=")[2].strip(" \"'\r") or None
-        problem = "truncated_record" if left > 0 else "http_status" if status != 200 else ""
-        kind = kind.strip().lower()
+        status, headers, page, problem = _parse_http(body, max_bytes)
+        named = headers.get("content-type", fields[3])
+        charset, kind = _charset(named), named.partition(";")[0].strip().lower()
+        problem = "truncated_record" if left > 0 else "http_status" if status != 200 else problem
         if not problem and kind not in _HTML_TYPES and kind != "text/plain":
             problem = "not_a_page"
         yield begin, (fields[0], fields[2], kind, charset, page, problem)
 
 
-def _parse_http(data: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers by lower-case name, and the body with its gzip or deflate coding undone."""
+def _parse_http(data: bytes, max_bytes: int) -> tuple[int, dict[str, str], bytes, str]:
+    """Status, headers by lower-case name, the body with its codings undone, and what is wrong with those."""
     head, separator, body = data.partition(b"\r\n\r\n")
     if not separator:
         head, _, body = data.partition(b"\n\n")
@@ -153,12 +183,42 @@ def _parse_http(data: bytes) -> tuple[int, dict[str, str], bytes]:
     parts = first.split()
     status = int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if headers.get("content-encoding") in ("gzip", "deflate"):
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        body = _unchunked(body)
+    coding = headers.get("content-encoding", "").lower()
+    # Archives often keep the header of a coding that they have undone already: the bytes decide.
+    if coding in ("gzip", "x-gzip") and body.startswith(b"\x1f\x8b"):
+        return status, headers, *_inflated(body, 31, max_bytes)
+    if coding == "deflate" and body and body[0] & 0x0F == 8:
+        return status, headers, *_inflated(body, 15, max_bytes)
+    if coding in ("br", "zstd") and body.lstrip()[:1] != b"<":
+        return status, headers, b"", f"coded_{coding}"
+    return status, headers, body, ""
+
+
+def _inflated(body: bytes, window: int, max_bytes: int) -> tuple[bytes, str]:
+    try:
+        return zlib.decompressobj(window).decompress(body, max_bytes + 1), ""
+    except zlib.error:
+        return b"", "not_decoded"
+
+
+def _unchunked(body: bytes) -> bytes:
+    """The chunks of a chunked body joined; a body that is not chunked after all comes back as it is."""
+    pieces, at = [], 0
+    while at < len(body):
+        line = body.find(b"\r\n", at, at + 64)
         try:
-            body = zlib.decompressobj(47).decompress(body, 64 << 20)
-        except zlib.error:
-            body = b""
-    return status, headers, body
+            size = int(body[at:line].partition(b";")[0], 16) if line > 0 else -1
+        except ValueError:
+            size = -1
+        if size < 0:
+            return b"".join(pieces) if pieces else body
+        if size == 0:
+            break
+        pieces.append(body[line + 2 : line + 2 + size])
+        at = line + 2 + size + 2
+    return b"".join(pieces)
 
 
 class HtmlFiles:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -220,6 +222,15 @@ class Decontaminator(Filter):
         return part(batch, verdict, self.name, self.level)
 
 
+@contextmanager
+def _whole(path: str) -> Iterator[None]:
+    """An evaluation set must be whole, or what it holds is not looked for."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read to its end ({error}); what is missing would not be looked for.") from error
+
+
 def _evaluation_texts(config: Decontaminate) -> tuple[list[tuple[str, str]], list[str]]:
     """(file, place) of each text to look for, and the texts: every configured field of every item."""
     source = JsonlSource(kind="jsonl", path=config.path)
@@ -227,10 +238,12 @@ def _evaluation_texts(config: Decontaminate) -> tuple[list[tuple[str, str]], lis
     texts: list[str] = []
     for item in JsonlFiles(source).items(1 << 62):
         path = item.paths[0]
-        with open_packed(path) as stream:
-            for offset, line in read_lines(stream, 16_000_000):
+        with _whole(path), open_packed(path) as stream:
+            for offset, line in read_lines(stream, 1 << 28):
+                if line is not None and not line.strip():
+                    continue
                 try:
-                    row = json.loads(line or b"{}")
+                    row = json.loads(line or b"")
                 except ValueError as error:
                     raise UserError(
                         f"{path}@{offset}: not JSON ({error}); an evaluation set must be whole, or what it holds is not looked for."

@@ -117,7 +117,7 @@ def test_a_full_disk_during_a_checkpoint_is_told_and_the_last_one_stands(documen
 def test_a_half_written_shard_is_refused_by_name(documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path)
     assert regrowth("data", "prepare", config).returncode == 0
-    shard = next((tmp_path / "prepared").glob("*/train/prose/00000.arrow"))
+    shard = next((tmp_path / "prepared").glob("*/train/prose/00000-000.arrow"))
     shard.write_bytes(shard.read_bytes()[:1000])
     done = regrowth("train", config)
     letter = one_letter(done.stdout + done.stderr)
@@ -167,11 +167,11 @@ def test_ctrl_c_while_data_is_prepared_keeps_what_is_done(tmp_path: Path) -> Non
     data = {**small_data_values(tmp_path / "in", tmp_path / "prepared"), "workers": 2}
     config = write_config(tmp_path / "c.toml", tmp_path / "in", tmp_path, data=data)
     process = start("data", "prepare", config, start_new_session=True)
-    wait_for(lambda: len(list(tmp_path.glob("prepared/*/curated/*.json"))) > 3, process)
+    wait_for(lambda: len(list(tmp_path.glob("prepared/*/phases/0-curate/part-*.json"))) > 3, process)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "the same command goes on from there" in one_letter(output)
-    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("prepared/*/curated/*.json")}
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("prepared/*/phases/0-curate/part-*.json")}
     assert 3 < len(done) < 40
     assert regrowth("data", "prepare", config).returncode == 0
     assert all(p.stat().st_mtime_ns == before for p, before in done.items())

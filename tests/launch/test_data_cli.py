@@ -152,7 +152,7 @@ def test_an_array_script_asks_for_what_the_recipe_says(tmp_path: Path) -> None:
                  "#SBATCH --dependency=afterany:12", "#SBATCH --requeue", "module load x"):  # fmt: skip
         assert line in text.splitlines()
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert "it'\"'\"'s here" in text and "-lt 3" in text
+    assert "it'\"'\"'s here" in text and "-lt 4" in text
 
 
 def test_the_scripts_of_all_phases_are_printed_and_nothing_is_submitted(source: Path, tmp_path: Path) -> None:
