@@ -52,7 +52,9 @@ def _reopen(pipeline: Pipeline, phase: int, keep_shards: bool) -> None:
         paths = sorted(reopened.folder.glob("*"), key=lambda path: path.name != "complete.json") if reopened.folder.exists() else []
         for path in paths:
             is_gate = path.name == "complete.json"
-            if is_gate or not (reopened is pipeline.phases[0] or (isinstance(reopened, ShardPhase) and keep_shards and _has_its_shards(root, path))):
+            if is_gate or not (
+                reopened is pipeline.phases[0] or (isinstance(reopened, ShardPhase) and keep_shards and _has_its_shards(root, path))
+            ):
                 path.unlink()
         if not keep_shards and reopened is not pipeline.phases[0]:
             for path in (root / "dropped").glob(f"{reopened.name}-*.arrow"):

@@ -153,3 +153,35 @@ def test_extraction_finds_the_labelled_text_of_real_pages(shared_data: Path) -> 
             missed += sum(segment not in text for segment in row["must_contain"])
             wrong += sum(segment in text for segment in row["must_not_contain"])
     assert there / (there + missed) > 0.75 and there / (there + wrong) > 0.7
+
+
+def test_bodies_are_decoded_as_their_servers_coded_them(tmp_path: Path) -> None:
+    page = PAGE.format(STORY.format(1)).encode()
+    chunked = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (50, page[:50], len(page) - 50, page[50:])
+
+    def http(headers: str, body: bytes) -> bytes:
+        return f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{headers}\r\n\r\n".encode() + body
+
+    bodies = [
+        http("Content-Encoding: gzip", gzip.compress(page)),
+        http("Transfer-Encoding: chunked", chunked),
+        http("Content-Encoding: gzip", page),  # an archive that undid it and kept the header
+        http("Transfer-Encoding: chunked", page),
+        http("Content-Encoding: gzip", gzip.compress(page)[:20]),
+        http("Content-Encoding: br", b"\x1b\x02\x00\xf8"),
+    ]
+    records = [warc_record("response", f"https://a.org/{i}", body, "application/http") for i, body in enumerate(bodies)]
+    (tmp_path / "a.warc").write_bytes(b"".join(records))
+    found = read(WarcFiles(WarcSource(kind="warc", path=str(tmp_path))))
+    assert [d.text for d in found[:4]] == [STORY.format(1)] * 4
+    assert found[4].dropped and found[5].dropped == "coded_br"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_archive_cut_in_a_record_header_says_so(packed: bool, tmp_path: Path) -> None:
+    records = pages(3)
+    tail = records[2][:60]
+    data = b"".join(gzip.compress(r) if packed else r for r in records[:2]) + (gzip.compress(records[2])[:30] if packed else tail)
+    (tmp_path / f"a.warc{'.gz' if packed else ''}").write_bytes(data)
+    found = read(WarcFiles(WarcSource(kind="warc", path=str(tmp_path))))
+    assert [d.text for d in found if not d.dropped] == [STORY.format(i) for i in range(2)] and found[-1].dropped == "damaged_file"

@@ -121,7 +121,7 @@ def test_a_half_written_shard_is_refused_by_name(documents: Path, tmp_path: Path
     shard.write_bytes(shard.read_bytes()[:1000])
     done = regrowth("train", config)
     letter = one_letter(done.stdout + done.stderr)
-    assert done.returncode == 2 and "train/prose/00000.arrow: damaged, 1,000 bytes" in letter
+    assert done.returncode == 2 and "train/prose/00000-000.arrow: damaged, 1,000 bytes" in letter
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused_and_a_larger_one_is_noted(documents: Path, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
