@@ -12,6 +12,7 @@ import pyarrow as pa
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.phases.curate import CuratePhase
 from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase
+from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import UserError
 from regrowth.files import read_json
@@ -112,6 +113,9 @@ def _dedup_steps(pipeline: Pipeline, phase: CuratePhase, part: int, path: Path, 
                 break
             absolute += len(other)
     for dedup in pipeline.phases:
+        if isinstance(dedup, LineDedupPhase) and dedup.parts.phase is phase and dedup.settled:
+            repeated, units = dedup.of(part, absolute)
+            steps.append(f"{dedup.kind}: {repeated} of {units} {dedup.config.unit}s met before")
         parts = dedup.parts if isinstance(dedup, ExactPhase) else dedup.bands.parts if isinstance(dedup, ClustersPhase) else None
         if parts is None or parts.phase is not phase or not dedup.settled or isinstance(dedup, BandsPhase):
             continue

@@ -4,7 +4,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from regrowth.data_pipeline import shard_tools
@@ -39,7 +49,9 @@ def show_plan(config: DataConfig, console: Console) -> None:
 
 def prepare_with_progress(config: DataConfig, console: Console, retry_failed: bool = False) -> Corpus:
     """Build or open the corpus of a config, showing progress."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Progress is told in bytes of input where they are known, and in what comes near to bytes in the other phases.
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn(), TimeElapsedColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -106,6 +118,11 @@ def print_corpus(corpus: Corpus, console: Console) -> None:
                     escape(", ".join(dropped.get((domain, transform), []))),
                 )
     console.print(funnel)
+    for transform, counts in corpus.manifest.get("counts", {}).items():
+        told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        console.print(f"{transform} counted: {told}", soft_wrap=True, markup=False, highlight=False)
+    for letter in corpus.manifest.get("given_up", []):
+        console.print(f"left out: {letter}", soft_wrap=True, markup=False, highlight=False)
 
 
 def open_corpus(name: str, overrides: list[str]) -> Corpus:

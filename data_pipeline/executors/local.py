@@ -116,7 +116,10 @@ class _Team:
                     errors.append(error)
         if len(errors) > (max_failed if phase.may_lose else 0):
             user = next((e for e in errors if isinstance(e, UserError)), None)
-            raise user or RunFailed(phase.letter(phase.pending(), max_failed)) from errors[0]
+            told = " ".join(dict.fromkeys(str(error) for error in errors[:3]))
+            raise user or RunFailed(
+                f"{phase.folder}: {told} What is done is kept; run the same command again to go on with the rest."
+            ) from errors[0]
 
     def _idle(self, wanted: int) -> _Worker | None:
         for worker in self.workers:

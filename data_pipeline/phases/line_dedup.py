@@ -31,6 +31,7 @@ class LineDedupPhase(Phase):
     def __init__(self, pipeline: "Pipeline", number: int, parts: Parts, config: LineDedup) -> None:
         super().__init__(pipeline, number)
         self.parts, self.config = parts, config
+        self._last: tuple[int, np.ndarray, np.ndarray] = (-1, np.zeros(1, np.int64), np.zeros(0, bool))
 
     def sizes(self) -> list[int]:
         """The filters."""
@@ -71,15 +72,25 @@ class LineDedupPhase(Phase):
             out[array[begin:stop] - low] = True
         return out
 
+    def of(self, number: int, row: int) -> tuple[int, int]:
+        """How many units of a document were met before, and how many it has."""
+        firsts, seen = self._units(number)
+        return int(seen[firsts[row] : firsts[row + 1]].sum()), int(firsts[row + 1] - firsts[row])
+
+    def _units(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each document's units begin in a part, and which units were met before."""
+        if self._last[0] != number:  # parts are read batch by batch, one after the other
+            firsts = np.concatenate([[0], np.cumsum(load(self.parts.phase.path(number, ".unit_counts.npy")))])
+            self._last = (number, firsts, self.seen(number, int(firsts[-1])))
+        return self._last[1], self._last[2]
+
     def apply(self, number: int, start: int, batch: pa.RecordBatch, keep: np.ndarray, drop: OnDrop) -> pa.RecordBatch:
         """The documents of a batch that `keep` names, without their repeated units; those that lose too much are dropped: mostly_repeated."""
         from regrowth.data_pipeline.text.characters import buffers
         from regrowth.data_pipeline.text.lines import keep_units
         from regrowth.data_pipeline.transforms.prose import text_array
 
-        counts = np.array(load(self.parts.phase.path(number, ".unit_counts.npy")))
-        firsts = np.concatenate([[0], np.cumsum(counts)])
-        seen = self.seen(number, int(firsts[-1]))
+        firsts, seen = self._units(number)
         data, offsets = buffers(batch.column("text"))
         texts, new, removed = keep_units(data, offsets, firsts[start : start + len(batch) + 1], ~seen, self.config.unit == "paragraph")
         verdict = Verdict.keep_all(len(batch))

@@ -189,11 +189,11 @@ def test_bad_files_cost_themselves_and_are_named_with_their_offsets(tmp_path: Pa
 
 
 def test_a_very_long_line_is_passed_over_in_bounded_memory(tmp_path: Path) -> None:
-    """A line of 300 MB (1 GB in the slow form is the same path): resident memory stays far below it."""
+    """A line of 1 GB: resident memory stays far below it."""
     (tmp_path / "in").mkdir()
     with (tmp_path / "in/a.jsonl").open("wb") as out:
         out.write(b'{"text": "')
-        for _ in range(300):
+        for _ in range(1000):
             out.write(b"x" * 1_000_000)
         out.write(b'"}\n')
         for i in range(60):
@@ -260,6 +260,28 @@ except RegrowthError as error:
     (folder / "secret/x.txt").chmod(0o600)
     funnel = json.loads(as_nobody())
     assert [n for _, t, r, n, _ in funnel if (t, r) == ("source", "unreadable_file")] == [1]
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        documents(tmp_path / "in", 60)
+        for workers in ("1", "2"):
+            recipe = write_recipe(tmp_path / "recipe.toml", {**small_data_values(tmp_path / "in", disk / workers), "item_megabytes": 0.05})
+            done = regrowth("data", "run", recipe, f"data.workers={workers}")
+            letter = one_letter(done.stdout + done.stderr)
+            assert done.returncode == 1 and "the disk is full" in letter and "MiB free" in letter, done.stdout + done.stderr
+            subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
+            done = regrowth("data", "run", recipe)
+            assert done.returncode == 0, done.stderr
+            Corpus.open(next((disk / workers).glob("small-*"))).verify()
+            shutil.rmtree(disk / workers)
+            subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_changed_recipe_on_a_named_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
