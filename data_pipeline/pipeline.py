@@ -173,7 +173,7 @@ class Pipeline:
             UserError: nothing came out, with the reasons counted.
         """
         first = self.phases[0]
-        if any(first.record(task)["documents"] for task in range(len(first.task_sizes)) if task not in first.missing):
+        if any(first.summary["documents"]):
             return
         reasons: collections.Counter[str] = collections.Counter()
         for (_, transform, reason), (documents, _) in self.funnel().items():

@@ -21,6 +21,8 @@ from regrowth.files import read_json, write_json
 from regrowth.launch.data import data_config, prepare_with_progress, print_corpus, show_plan
 from regrowth.launch.slurm import ArrayJob, queued, render_array, submit
 
+_GATE_SECONDS = 20.0
+
 
 def run(recipe: str, overrides: list[str], executor: str | None, dry_run: bool, print_only: bool, wait: bool, retry_failed: bool) -> None:
     """Make the corpus of a recipe with the executor it names, or the one given."""
@@ -128,6 +130,10 @@ def worker(folder: Path, phase: int, rank: int, world: int) -> None:
     signal.signal(signal.SIGTERM, stop)
     pipeline = Pipeline.open(folder)
     executor = pipeline.config.executor
+    if rank:  # the first rank opens the gate; that thousands read all records at once helps nobody. If it does not come, anyone may.
+        until = time.monotonic() + _GATE_SECONDS
+        while phase and not pipeline.phases[phase - 1].settled and time.monotonic() < until:
+            time.sleep(0.5)
     try:
         pass_gates(pipeline, phase, executor.max_failed)
     except RunFailed as error:

@@ -51,7 +51,8 @@ def _packages() -> list[Finding]:
     # The packages the project is built around, then those that some commands need.
     for package, module in (("torch", "torch"), ("datasets", "datasets"), ("pyarrow", "pyarrow"), ("fasttext", "fasttext"), ("mpi4py", "mpi4py"),
                             ("deepspeed", "deepspeed"), ("megatron-core", "megatron"), ("transformers", "transformers"), ("lm_eval", "lm_eval"),
-                            ("triton", "triton"), ("torchao", "torchao")):  # fmt: skip
+                            ("triton", "triton"), ("torchao", "torchao"), ("numba", "numba"), ("fastwarc", "fastwarc"),
+                            ("resiliparse", "resiliparse"), ("fastokens", "fastokens")):  # fmt: skip
         try:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:

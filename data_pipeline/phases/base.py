@@ -127,9 +127,14 @@ class Phase:
         return (self.folder / "complete.json").exists()
 
     @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the gate wrote down: the tasks given up, documents and bytes by task. One file, where the records may be ten thousand."""
+        return read_json(self.folder / "complete.json")
+
+    @cached_property
     def missing(self) -> set[int]:
         """The tasks that were given up. Only to be asked behind the gate."""
-        return set(read_json(self.folder / "complete.json")["missing"])
+        return set(self.summary["missing"])
 
     def settle(self, max_failed: int) -> None:
         """Pass the gate: all tasks are done, or few enough are given up.
@@ -142,7 +147,15 @@ class Phase:
         left = self.pending()
         if left and (not self.may_lose or len(left) > max_failed):
             raise RunFailed(self.letter(left, max_failed))
-        write_json(self.folder / "complete.json", {"missing": left, "letters": [self.failure(task) for task in left]})
+        gone = set(left)
+        records = [{} if task in gone else self.record(task) for task in range(len(self.task_sizes))]
+        summary = {
+            "missing": left,
+            "letters": [self.failure(task) for task in left],
+            "documents": [record.get("documents", 0) for record in records],
+            "bytes": [record.get("bytes", 0) for record in records],
+        }
+        write_json(self.folder / "complete.json", summary)
 
     def failure(self, task: int) -> str:
         """Why a task is not done."""

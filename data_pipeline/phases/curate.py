@@ -56,10 +56,7 @@ class CuratePhase(Phase):
         """Bytes of the items, or of the parts before."""
         if self.before is None:
             return [item.size for _, item in self.pipeline.items]
-        return [
-            0 if part in self.before.phase.missing else self.before.phase.record(part)["bytes"]
-            for part in range(len(self.before.phase.task_sizes))
-        ]
+        return list(self.before.phase.summary["bytes"])
 
     @cached_property
     def transforms(self) -> list[Transform]:

@@ -54,7 +54,7 @@ class Removals:
 
 def total_documents(parts: Parts) -> int:
     """Documents in the parts of a segment."""
-    return sum(parts.phase.record(part)["documents"] for part in parts.present())
+    return sum(parts.phase.summary["documents"])
 
 
 class ExactPhase(Phase):
@@ -78,7 +78,7 @@ class ExactPhase(Phase):
         tasks = len(self.task_sizes)
         hashes, keys = [], []
         for part in self.parts.present():
-            kept = self.parts.kept_rows(part, self.parts.phase.record(part)["documents"])
+            kept = self.parts.kept_rows(part, self.parts.phase.summary["documents"][part])
             for start, batch in self.parts.batches(part):
                 column = batch.column("content_hash")
                 halves = np.frombuffer(column.buffers()[1], "<u8", count=2 * len(batch), offset=16 * column.offset).reshape(-1, 2)

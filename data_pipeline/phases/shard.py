@@ -58,7 +58,7 @@ class TokenizerPhase(Phase):
 
     def _sample(self, wanted: float) -> Iterator[str]:
         """Training documents spread evenly over the corpus by their content hash, `wanted` bytes of them, held-out ones left out."""
-        total = sum(self.parts.phase.record(part)["bytes"] for part in self.parts.present())
+        total = sum(self.parts.phase.summary["bytes"])
         share = min(1.0, wanted / max(total, 1))
         for part in self.parts.present():
             for batch in self.parts.kept(part):
@@ -99,7 +99,7 @@ class ShardPhase(Phase):
         present = self.parts.present()
         for part in present:
             held.append(part)
-            size += self.parts.phase.record(part)["bytes"]
+            size += self.parts.phase.summary["bytes"][part]
             if size >= target or part == present[-1]:
                 self.groups.append(held)
                 sizes.append(size)

@@ -181,3 +181,12 @@ def mix(value):  # type: ignore[no-untyped-def]
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+@jit
+def longest_text(offsets):  # type: ignore[no-untyped-def]
+    """Bytes of the longest text of a batch, at least 1: what a kernel's scratch arrays have to hold."""
+    longest = 1
+    for t in range(len(offsets) - 1):
+        longest = max(longest, offsets[t + 1] - offsets[t])
+    return longest

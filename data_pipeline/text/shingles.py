@@ -6,7 +6,7 @@ multiplications run eight at a time. Estimates are as good as those of a random 
 
 import numpy as np
 
-from regrowth.data_pipeline.text.characters import DROPPED, SEPARATOR, decode, mix
+from regrowth.data_pipeline.text.characters import DROPPED, SEPARATOR, decode, longest_text, mix
 from regrowth.data_pipeline.text.jit import jit
 
 _ALONE_BIT = np.uint32(1 << 24)
@@ -70,9 +70,7 @@ def band_keys(data, offsets, folds, n, a, b, c, bands, rows):  # type: ignore[no
     """uint64 [bands, texts]: one key per band of `rows` MinHash values; 0 for texts of fewer than n words."""
     texts = len(offsets) - 1
     out = np.zeros((bands, texts), dtype=np.uint64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     keys = np.empty(longest + 1, dtype=np.uint64)
     hashes = bands * rows
     low = np.empty(hashes, dtype=np.uint32)
@@ -101,9 +99,7 @@ def shingle_hashes(data, offsets, folds, n):  # type: ignore[no-untyped-def]
     texts = len(offsets) - 1
     firsts = np.zeros(texts + 1, dtype=np.int64)
     out = np.empty(offsets[texts] - offsets[0] + 1, dtype=np.uint64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     keys = np.empty(longest + 1, dtype=np.uint64)
     count = 0
     for t in range(texts):
@@ -120,9 +116,7 @@ def word_counts(data, offsets, folds):  # type: ignore[no-untyped-def]
     """int64 [texts]: loosely compared words in each text."""
     texts = len(offsets) - 1
     out = np.zeros(texts, dtype=np.int64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     keys = np.empty(longest + 1, dtype=np.uint64)
     for t in range(texts):
         out[t] = _loose_words(data, offsets[t], offsets[t + 1], folds, keys)
@@ -159,9 +153,7 @@ def overlaps(data, offsets, folds, lengths, table, owners, present):  # type: ig
     """Where texts share word n-grams with a table (`build_table`): per text the n-grams shared, and the owner of the first."""
     texts = len(offsets) - 1
     shared, owner = np.zeros(texts, dtype=np.int64), np.full(texts, -1, dtype=np.int64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     keys, sums = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.uint64)
     mask = np.uint64(len(table) - 1)
     for t in range(texts):
@@ -193,9 +185,7 @@ def build_table(data, offsets, folds, n, shortest, size):  # type: ignore[no-unt
     """
     table, owners = np.zeros(size, dtype=np.uint64), np.zeros(size, dtype=np.int64)
     lengths, present = np.zeros(n + 1, dtype=np.int64), np.zeros(1 << (_FILTER_BITS - 6), dtype=np.uint64)
-    longest = 1
-    for t in range(len(offsets) - 1):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     keys, sums = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.uint64)
     mask = np.uint64(size - 1)
     for t in range(len(offsets) - 1):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from regrowth.data_pipeline.text.characters import ALPHA, SPACE, TERMINAL, before, count_characters, decode, hash_bytes, mix
+from regrowth.data_pipeline.text.characters import ALPHA, SPACE, TERMINAL, before, count_characters, decode, hash_bytes, longest_text, mix
 from regrowth.data_pipeline.text.jit import jit
 from regrowth.data_pipeline.text.lines import add_to_set, break_length, table_size, trim
 from regrowth.data_pipeline.text.words import has_letter, is_symbol_word, split_words
@@ -16,9 +16,7 @@ def prose_counts(data, offsets, classes, known, stop_words):  # type: ignore[no-
     """int64 [texts, 10]: the counts named by the column constants. `stop_words` are hashes; at most 64, each counted once."""
     texts = len(offsets) - 1
     out = np.zeros((texts, 10), dtype=np.int64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     starts, stops = np.empty(longest + 1, dtype=np.int64), np.empty(longest + 1, dtype=np.int64)
     for t in range(texts):
         start, stop = offsets[t], offsets[t + 1]
@@ -79,9 +77,7 @@ def line_counts(data, offsets, classes, known, short):  # type: ignore[no-untype
     """int64 [texts, 7]: the counts named by the column constants; lines of at most `short` characters are short."""
     texts = len(offsets) - 1
     out = np.zeros((texts, 7), dtype=np.int64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     starts, stops = np.empty(longest + 1, dtype=np.int64), np.empty(longest + 1, dtype=np.int64)
     for t in range(texts):
         start, stop = offsets[t], offsets[t + 1]
@@ -119,9 +115,7 @@ def repetition_counts(data, offsets, classes, known, top, duplicated):  # type: 
     """
     texts = len(offsets) - 1
     out = np.zeros((texts, 7 + len(top) + len(duplicated)), dtype=np.int64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     starts, stops = np.empty(longest + 1, dtype=np.int64), np.empty(longest + 1, dtype=np.int64)
     keys, lengths = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.int64)
     for t in range(texts):
@@ -232,9 +226,7 @@ def c4_lines(data, offsets, classes, known, phrases, phrase_starts, citations, c
     texts = len(offsets) - 1
     out, new = np.empty(len(data) + texts, dtype=np.uint8), np.zeros(texts + 1, dtype=np.int64)
     fate, dropped = np.zeros(texts, dtype=np.int64), np.zeros((texts, 4), dtype=np.int64)
-    longest = 1
-    for t in range(texts):
-        longest = max(longest, offsets[t + 1] - offsets[t])
+    longest = longest_text(offsets)
     line = np.empty(longest + 1, dtype=np.uint8)
     starts, stops = np.empty(longest + 1, dtype=np.int64), np.empty(longest + 1, dtype=np.int64)
     place = 0

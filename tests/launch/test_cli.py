@@ -158,7 +158,8 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch:
         ("mpi4py", "mpi"),
         ("fasttext", "fasttext"),
     ):
-        monkeypatch.setitem(sys.modules, package.split(".")[0], None)  # as if it were not installed
+        for module in (package, package.split(".")[0]):
+            monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
         with pytest.raises(UserError, match=rf"this needs .*pip install -e '\.\[{extra}\]'"):
             need(package, "this")
     with pytest.raises(UserError, match=r"needs the package not_a_package\. Install it with: pip install not_a_package"):

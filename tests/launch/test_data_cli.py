@@ -1,12 +1,10 @@
 """The data commands as users run them: the same corpus from every executor, and tools that look into it."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.launch.slurm import ArrayJob, render_array
 from tests.conftest import prose, write_jsonl
 from tests.launch.helpers import one_letter, regrowth, start, wait_for
-from tests.launch.test_slurm import CLUSTER
 
 RECIPE = """
 [data]
@@ -95,20 +92,6 @@ def test_mpi_ranks_make_the_same_corpus(source: Path, local: Corpus, tmp_path: P
         [str(mpirun), "-n", "2", sys.executable, "-m", "regrowth", "data", "run", str(broken)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0 and "nowhere: there is no such file" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    if not CLUSTER.exists() or not all(shutil.which(c) for c in ("slurmctld", "slurmd", "munged", "sbatch")) or os.geteuid() != 0:
-        pytest.skip(f"a real Slurm needs slurmctld, slurmd and munge, root, and {CLUSTER}")
-    folder = Path(f"/tmp/slurm-data-{os.getpid()}")
-    monkeypatch.setenv("SLURM_CI_DIR", str(folder))
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    monkeypatch.setenv("PORT", "17960")
-    subprocess.run(["bash", str(CLUSTER), "up"], check=True, timeout=60)
-    yield folder
-    subprocess.run(["bash", str(CLUSTER), "down"], timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_slurm_arrays_make_the_same_corpus_through_a_killed_task(cluster: Path, source: Path, local: Corpus, tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
 """Slurm: the script is right on paper for every name, and runs on a real (virtual) cluster where there is one."""
 
-import os
 import shlex
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,6 @@ import pytest
 from regrowth.errors import UserError
 from regrowth.launch.slurm import render, submit
 from tests.launch.helpers import only_run, write_config
-
-CLUSTER = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")).parent / "tools" / "slurm_cluster.sh"
 
 
 def script(config: str = "quickstart", overrides: list[str] | None = None, **options) -> str:  # type: ignore[no-untyped-def]
@@ -62,20 +57,6 @@ def test_without_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UserError, match="no sbatch on this machine"):
         submit("#!/bin/bash\n")
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    if not CLUSTER.exists() or not all(shutil.which(c) for c in ("slurmctld", "slurmd", "munged", "sbatch")) or os.geteuid() != 0:
-        pytest.skip(f"a real Slurm needs slurmctld, slurmd and munge, root, and {CLUSTER}")
-    folder = Path(f"/tmp/slurm-test-{os.getpid()}")
-    monkeypatch.setenv("SLURM_CI_DIR", str(folder))
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    monkeypatch.setenv("PORT", "17900")
-    subprocess.run(["bash", str(CLUSTER), "up"], check=True, timeout=60)
-    yield folder
-    subprocess.run(["bash", str(CLUSTER), "down"], timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_run_on_two_nodes_of_a_real_slurm(cluster: Path, documents: Path, tmp_path: Path) -> None:
