@@ -7,6 +7,7 @@ Another recipe or another input in the same folder is refused, with the differen
 import collections
 import difflib
 import json
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from regrowth.data_pipeline.phases.curate import CuratePhase, Parts
 from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase, Removals
 from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.phases.shard import FinishPhase, ShardPhase, TokenizerPhase
-from regrowth.data_pipeline.source_config import JsonlSource, MegatronSource
+from regrowth.data_pipeline.source_config import MegatronSource
 from regrowth.data_pipeline.sources.base import Item
+from regrowth.data_pipeline.sources.files import JSONL
+from regrowth.data_pipeline.sources.paths import find_files
 from regrowth.data_pipeline.sources.registry import build_source
 from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.data_pipeline.transform_config import (
@@ -153,6 +156,10 @@ class Pipeline:
                 total.setdefault(name, collections.Counter()).update(counts)
         return {name: dict(sorted(counter.items())) for name, counter in total.items()}
 
+    def notes(self) -> list[str]:
+        """What people should know: over-full filters, evaluation items that are too short to look for."""
+        return list(dict.fromkeys(note for record in self._records() for note in record.get("notes", [])))
+
     def given_up(self) -> list[str]:
         """The source files that failed for good and were left out, with their letters."""
         first = self.phases[0]
@@ -247,8 +254,8 @@ def _inputs(config: DataConfig) -> dict[str, str]:
             if isinstance(value, str) and Path(value).is_file():
                 inputs[f"transforms.{number}.{key}"] = sha256_of(Path(value))
             elif isinstance(value, str) and isinstance(transform, Decontaminate):
-                listed = build_source(JsonlSource(kind="jsonl", path=value)).items(1 << 62)
-                inputs[f"transforms.{number}.{key}"] = fingerprint([item.describe() for item in listed])
+                listed = find_files(value, JSONL, "data.transforms.path")
+                inputs[f"transforms.{number}.{key}"] = fingerprint([asdict(found) for found in listed])
     return inputs
 
 

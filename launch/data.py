@@ -121,6 +121,8 @@ def print_corpus(corpus: Corpus, console: Console) -> None:
     for transform, counts in corpus.manifest.get("counts", {}).items():
         told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         console.print(f"{transform} counted: {told}", soft_wrap=True, markup=False, highlight=False)
+    for note in corpus.manifest.get("notes", []):
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     for letter in corpus.manifest.get("given_up", []):
         console.print(f"left out: {letter}", soft_wrap=True, markup=False, highlight=False)
 

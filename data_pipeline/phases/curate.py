@@ -103,6 +103,7 @@ class CuratePhase(Phase):
             "funnel": funnel_rows(funnel),
             "counts": counts,
             "transforms": [[t.name, t.version] for t in self.transforms],
+            "notes": [f"{t.name}: {t.note}" for t in self.transforms if t.note],
             "minhash": self.minhash.model_dump(mode="json") if self.minhash else None,
         }
 

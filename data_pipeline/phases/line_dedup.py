@@ -56,8 +56,19 @@ class LineDedupPhase(Phase):
             units += int(np.count_nonzero(hashes))
             met.append(document_key(number, np.flatnonzero(seen)))
         save(self.path(task, ".seen.npy"), np.concatenate(met) if met else np.zeros(0, np.int64))
-        filled = 1 - math.exp(-probes * inserted / (64 * len(bits)))
-        return {"units": units, "repeated": units - inserted, "false_positive_rate": filled**probes, "asked_rate": c.false_positive_rate}
+        rate = (1 - math.exp(-probes * inserted / (64 * len(bits)))) ** probes
+        notes = []
+        if rate > 1.05 * c.false_positive_rate:  # beyond what rounding the number of probes makes
+            notes.append(
+                f"{self.kind}: filter {task} is over-full: false-positive rate {rate:.2%}, asked {c.false_positive_rate:.2%}; give memory_megabytes more"
+            )
+        return {
+            "units": units,
+            "repeated": units - inserted,
+            "false_positive_rate": rate,
+            "asked_rate": c.false_positive_rate,
+            "notes": notes,
+        }
 
     @cached_property
     def _seen(self) -> list[np.ndarray]:

@@ -221,6 +221,7 @@ class FinishPhase(Phase):
             "splits": {split: dict(sorted(by_domain.items())) for split, by_domain in splits.items()},
             "funnel": funnel_rows(pipeline.funnel()),
             "counts": pipeline.counts(),
+            "notes": pipeline.notes(),
             "given_up": pipeline.given_up(),
         }
         write_json(pipeline.root / "corpus.json", manifest)

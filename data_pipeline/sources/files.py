@@ -9,6 +9,7 @@ from regrowth.data_pipeline.source_config import JsonlSource, TextSource
 from regrowth.data_pipeline.sources.base import Item, decode, grouped, item_of, pieces, read_lines
 from regrowth.data_pipeline.sources.paths import PACKED, find_files, open_packed, open_raw
 
+JSONL = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "ndjson") for packed in PACKED)
 _MAX_FILE_BYTES = 64 << 20  # of a text file: it is one document, and held whole
 
 
@@ -65,8 +66,7 @@ class JsonlFiles:
 
     def items(self, target_bytes: int) -> list[Item]:
         """One item a file, several for a large file that is not packed."""
-        suffixes = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "ndjson") for packed in PACKED)
-        found = find_files(self.config.path, suffixes, "data.sources.path")
+        found = find_files(self.config.path, JSONL, "data.sources.path")
         whole = self.config.max_megabytes is not None
         return [
             item for file in found for item in ([item_of(file)] if whole or file.path.endswith(PACKED[1:]) else pieces(file, target_bytes))

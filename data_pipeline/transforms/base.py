@@ -41,6 +41,7 @@ class Transform(Protocol):
 
     name: str
     version: int
+    note: str
     counts: "collections.Counter[str]"
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]: ...
@@ -50,6 +51,7 @@ class _Base:
     name = "transform"
     version = 1
     level = 0  # the processing level that documents have reached behind it
+    note = ""  # what people should know of this transform as it was set up
 
     @cached_property
     def counts(self) -> "collections.Counter[str]":

@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
-from regrowth.data_pipeline.source_config import JsonlSource
 from regrowth.data_pipeline.sources.base import read_lines
-from regrowth.data_pipeline.sources.files import JsonlFiles
-from regrowth.data_pipeline.sources.paths import open_packed
+from regrowth.data_pipeline.sources.files import JSONL
+from regrowth.data_pipeline.sources.paths import find_files, open_packed
 from regrowth.data_pipeline.transform_config import BlockedWords, Decontaminate, FastTextScore, Language, UrlFilter
 from regrowth.data_pipeline.transforms.base import Filter, Verdict, append_score, part, with_columns
 from regrowth.errors import UserError, need
@@ -203,6 +202,10 @@ class Decontaminator(Filter):
         self.table, owners, lengths, self.present = build_table(*buffers(array), folds(), config.words, config.shortest, size)
         self.owners, self.lengths = owners, np.flatnonzero(lengths)
         self.unchecked = int((words < config.shortest).sum())
+        if self.unchecked:
+            self.note = (
+                f"{self.unchecked:,} of {len(texts):,} evaluation texts have fewer than {config.shortest} words and are not looked for"
+            )
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
         from regrowth.data_pipeline.text.characters import buffers, folds
@@ -233,11 +236,10 @@ def _whole(path: str) -> Iterator[None]:
 
 def _evaluation_texts(config: Decontaminate) -> tuple[list[tuple[str, str]], list[str]]:
     """(file, place) of each text to look for, and the texts: every configured field of every item."""
-    source = JsonlSource(kind="jsonl", path=config.path)
     owners: list[tuple[str, str]] = []
     texts: list[str] = []
-    for item in JsonlFiles(source).items(1 << 62):
-        path = item.paths[0]
+    for found in find_files(config.path, JSONL, "data.transforms.path"):
+        path = found.path
         with _whole(path), open_packed(path) as stream:
             for offset, line in read_lines(stream, 1 << 28):
                 if line is not None and not line.strip():

@@ -162,3 +162,11 @@ def test_a_bloom_filter_keeps_to_its_false_positive_rate() -> None:
     assert seen.mean() < 0.012
     again = np.zeros(200_000, dtype=bool)
     assert bloom_insert(bits, hashes, probes, again) == 0 and again.all(), "what is in the filter is never new"
+
+
+def test_an_over_full_filter_is_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in/a.jsonl", [{"text": "\n\n".join(prose(50 * i + k, 2) for k in range(6))} for i in range(40)])
+    kinds = [{"kind": "line_dedup", "memory_megabytes": 0.0001, "max_removed_fraction": 1.0}]
+    corpus = prepare(DataConfig.model_validate({**small_data_values(tmp_path / "in", tmp_path / "out"), "transforms": kinds}))
+    (note,) = corpus.manifest["notes"]
+    assert "filter 0 is over-full" in note and "asked 1.00%" in note
