@@ -21,7 +21,7 @@ install: $(STAMP) ## create .venv and install everything for development and the
 $(STAMP): pyproject.toml constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 install"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "This Python has no venv module; on Debian: apt-get install python3-venv"; exit 2; }
-	@case ",$(EXTRAS)," in *,fasttext,*) command -v g++ >/dev/null || { echo "fasttext is compiled and needs g++; on Debian: apt-get install g++ (or: make EXTRAS=dev,mpi install)"; exit 2; };; esac
+	@case ",$(EXTRAS)," in *,fasttext,*) command -v g++ >/dev/null || { echo "fasttext is compiled and needs g++; on Debian: apt-get install g++ (or: make EXTRAS=dev,curation,mpi install)"; exit 2; };; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade "pip>=24" "setuptools>=77" wheel
 	$(PIP) install -q -c constraints/cpu.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),) torch

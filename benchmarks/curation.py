@@ -146,7 +146,7 @@ def minhash(documents: list[tuple[str, str]], folder: Path, peer_documents: int)
                 "workers": 1,
             }
         )
-        pipeline = Pipeline.create(config)
+        pipeline = Pipeline.plan_of(config).begin()
         for phase in pipeline.phases[:3]:
             for task in range(len(phase.task_sizes)):
                 phase.run_task(task)
@@ -275,6 +275,7 @@ def tokenise(documents: list[tuple[str, str]], folder: Path) -> None:
                 pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids.astype(np.uint16))),
                 pa.array([str(begin + i) for i in range(len(some))]),
                 pa.array(["d"] * len(some)),
+                pa.array(np.ones(len(some), dtype=np.int8)),
                 pa.array([["source"]] * len(some)),
                 pa.nulls(len(some), schema.field("scores").type),
                 pa.array(np.ones(len(some), dtype=np.float32)),

@@ -68,6 +68,9 @@ class Corpus:
             shard = Shard(self.folder / row["path"])
             if shard.index.sha256 != row["sha256"]:
                 raise UserError(f"{shard.path}: not the shard that {self.folder}/corpus.json lists (another sha256). {REMEDY}")
+            counts = {"documents": shard.index.documents, "tokens": shard.index.tokens}
+            if listed := [f"{what} = {row[what]}" for what, count in counts.items() if row[what] != count]:
+                raise UserError(f"{self.folder}/corpus.json: {', '.join(listed)} for {row['path']}, whose index says {counts}. {REMEDY}")
             shards.append(shard)
         return shards
 

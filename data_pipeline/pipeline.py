@@ -1,7 +1,7 @@
 """A corpus being made: its plan (recipe, items, versions), its phases, and what its records add up to.
 
-The plan is written first and never changes: whoever works on the corpus later, in whatever process, opens it and sees the same phases and tasks.
-Another recipe or another input in the same folder is refused, with the difference shown.
+The plan is written first: whoever works on the corpus later, in whatever process, opens it and sees the same phases and tasks. Only who does the
+work (workers, executor) may change in it. Another recipe or another input in the same folder is refused, with the difference shown.
 """
 
 import collections
@@ -40,7 +40,7 @@ from regrowth.settings import validate
 
 PLAN_FORMAT = 2
 # Changes when the same recipe comes to give another corpus (a transform's rules, the shards' layout).
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 # Where it is written, by whom and by which encoder does not change what is written.
 _NOT_IN_FINGERPRINT = {"out": True, "name": True, "folder": True, "workers": True, "executor": True, "tokenizer": {"engine"}}
 
@@ -54,32 +54,39 @@ class Pipeline:
         self.items = [(number, Item.restore(item)) for number, item in plan["items"]]
 
     @classmethod
-    def create(cls, config: DataConfig) -> "Pipeline":
-        """Plan the corpus of a recipe, or open it if it is planned.
+    def plan_of(cls, config: DataConfig) -> "Pipeline":
+        """The plan of a recipe's corpus, with its sources listed once; nothing is written.
 
         Raises:
-            UserError: a source is missing or empty; a file is read by two sources; or `data.folder` holds another corpus.
+            UserError: a source, a model or a list is missing or empty, or a file is read by two sources.
         """
-        items = list_items(config)
         plan = {
             "format": PLAN_FORMAT,
             "version": PIPELINE_VERSION,
             "config": config.model_dump(mode="json"),
-            "items": [[number, item.describe()] for number, item in items],
+            "items": [[number, item.describe()] for number, item in _list_items(config)],
             "inputs": _inputs(config),
         }
-        root = config.folder or config.out / f"{config.name}-{_fingerprint(plan, config)}"
-        if (root / "plan.json").exists():
-            there = read_json(root / "plan.json")
-            _refuse_difference(root, there, plan, config)
-            if there["config"] != plan["config"]:  # who does the work, and how often it is tried, may change: workers read it here
-                write_json(root / "plan.json", plan)
-            return cls(root, plan)
-        if root.exists() and any(not p.name.startswith(".") for p in root.iterdir()):
-            raise UserError(f"{root}: this folder is not empty and holds no plan of a corpus. Name another with data.folder.")
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(root / "plan.json", plan)
-        return cls(root, plan)
+        mark = fingerprint([PIPELINE_VERSION, _settings(config), plan["items"], plan["inputs"]], length=8)
+        return cls(config.folder or config.out / f"{config.name}-{mark}", plan)
+
+    def begin(self) -> "Pipeline":
+        """Write the plan down, or go on with the one that is there.
+
+        Raises:
+            UserError: the folder holds another corpus (the difference is shown), or something else.
+        """
+        path = self.root / "plan.json"
+        if path.exists():
+            there = read_json(path)
+            _refuse_difference(self.root, there, self.plan)
+            if there["config"] == self.plan["config"]:
+                return self
+        elif self.root.exists() and any(not p.name.startswith(".") for p in self.root.iterdir()):
+            raise UserError(f"{self.root}: this folder is not empty and holds no plan of a corpus. Name another with data.folder.")
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.plan)  # again where only who does the work has changed: workers read it here
+        return self
 
     @classmethod
     def open(cls, root: Path) -> "Pipeline":
@@ -165,8 +172,8 @@ class Pipeline:
         first = self.phases[0]
         if not first.settled or not first.missing:
             return []
-        letters = read_json(first.folder / "complete.json")["letters"]
-        return [f"{', '.join(self.items[task][1].paths)}: {letter}" for task, letter in zip(sorted(first.missing), letters, strict=True)]
+        told = zip(first.summary["missing"], first.summary["letters"], strict=True)
+        return [f"{', '.join(self.items[task][1].paths)}: {letter}" for task, letter in told]
 
     def _records(self) -> Any:
         for phase in self.phases:
@@ -214,17 +221,15 @@ def _segments(transforms: list[Any]) -> list[tuple[list[Any], list[Any]]]:
     return segments
 
 
-def list_items(config: DataConfig) -> list[tuple[int, Item]]:
-    """All items of all sources as (source index, item), in the order that numbers the parts.
+def corpus_folder(config: DataConfig) -> Path:
+    """Where this recipe's corpus is or will be."""
+    return config.folder or Pipeline.plan_of(config).root
 
-    Raises:
-        UserError: a source's path does not exist or holds nothing of its kind, or two sources read the same file.
-    """
-    items = [
-        (number, item)
-        for number, source in enumerate(config.sources)
-        for item in build_source(source).items(int(config.item_megabytes * 1e6))
-    ]
+
+def _list_items(config: DataConfig) -> list[tuple[int, Item]]:
+    """All items of all sources as (source index, item), in the order that numbers the parts."""
+    target = int(config.item_megabytes * 1e6)
+    items = [(number, item) for number, source in enumerate(config.sources) for item in build_source(source).items(target)]
     owner: dict[str, int] = {}
     for number, item in items:
         for path in item.paths if config.sources[number].kind != "datasets" else [f"{item.paths[0]} ({item.stamp})"]:
@@ -234,28 +239,21 @@ def list_items(config: DataConfig) -> list[tuple[int, Item]]:
     return items
 
 
-def corpus_folder(config: DataConfig) -> Path:
-    """Where this recipe's corpus is or will be."""
-    if config.folder:
-        return config.folder
-    items = [[number, item.describe()] for number, item in list_items(config)]
-    return config.out / f"{config.name}-{_fingerprint({'items': items, 'inputs': _inputs(config)}, config)}"
-
-
 def _inputs(config: DataConfig) -> dict[str, str]:
-    """Hashes of the files that transforms and the tokenizer are made of: a changed model or word list is another recipe."""
+    """Hashes of the files that transforms and tokenizers are made of: a changed model or word list is another recipe."""
     inputs = {"tokenizer": Tokenizer.load(config.tokenizer.path).hash} if config.tokenizer.path else {}
     for number, source in enumerate(config.sources):
         if isinstance(source, MegatronSource):
             inputs[f"sources.{number}.tokenizer"] = Tokenizer.load(Path(source.tokenizer)).hash
     for number, transform in enumerate(config.transforms):
-        for key in ("model", "path", "domains", "urls", "words"):
-            value = getattr(transform, key, None)
-            if isinstance(value, str) and Path(value).is_file():
-                inputs[f"transforms.{number}.{key}"] = sha256_of(Path(value))
-            elif isinstance(value, str) and isinstance(transform, Decontaminate):
-                listed = find_files(value, JSONL, "data.transforms.path")
-                inputs[f"transforms.{number}.{key}"] = fingerprint([asdict(found) for found in listed])
+        for key in transform.inputs:
+            if path := getattr(transform, key):
+                if not Path(path).is_file():
+                    raise UserError(f"data.transforms.{number}.{key} = {path}: there is no such file.")
+                inputs[f"transforms.{number}.{key}"] = sha256_of(Path(path))
+        if isinstance(transform, Decontaminate):
+            listed = find_files(transform.path, JSONL, f"data.transforms.{number}.path")
+            inputs[f"transforms.{number}.path"] = fingerprint([asdict(found) for found in listed])
     return inputs
 
 
@@ -263,13 +261,10 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
 
 
-def _fingerprint(plan: dict[str, Any], config: DataConfig) -> str:
-    return fingerprint([PIPELINE_VERSION, _settings(config), plan["items"], plan["inputs"]], length=8)
-
-
-def _refuse_difference(root: Path, there: dict[str, Any], wanted: dict[str, Any], config: DataConfig) -> None:
-    before = {**there, "config": _settings(validate(DataConfig, there["config"], str(root / "plan.json")))}
-    after = {**wanted, "config": _settings(config)}
+def _refuse_difference(root: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    before, after = (
+        {**plan, "config": _settings(validate(DataConfig, plan["config"], str(root / "plan.json")))} for plan in (there, wanted)
+    )
     if before == after:
         return
     old, new = (json.dumps(plan, indent=1, sort_keys=True, default=str).splitlines() for plan in (before, after))

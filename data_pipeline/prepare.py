@@ -7,7 +7,7 @@ from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import SPLITS, Corpus
 from regrowth.data_pipeline.executors.local import Progress, run_local
 from regrowth.data_pipeline.phases.shard import ShardPhase
-from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
+from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.files import exclusive, read_json, write_json
 
 _REOPENING = ".reopening.json"
@@ -20,21 +20,20 @@ def prepare(config: DataConfig, progress: Progress | None = None, retry_failed: 
         UserError: a source is missing or empty, or every document was dropped (with the reasons counted).
         RunFailed: a worker process died, or the disk is full; run it again to go on.
     """
-    folder = corpus_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / ".lock"):  # whoever comes second waits, and then finds it finished
-        pipeline = planned(config, retry_failed)
+    plan = Pipeline.plan_of(config)
+    plan.root.mkdir(parents=True, exist_ok=True)
+    with exclusive(plan.root / ".lock"):  # whoever comes second waits, and then finds it finished
+        pipeline = reopened(plan.begin(), retry_failed)
         if not pipeline.finished:
             run_local(pipeline, config.workers, progress or (lambda *_: None))
     return Corpus.open(pipeline.root)
 
 
-def planned(config: DataConfig, retry_failed: bool = False) -> Pipeline:
-    """The pipeline of a recipe, planned or opened, with what has to be done again made unfinished.
+def reopened(pipeline: Pipeline, retry_failed: bool = False) -> Pipeline:
+    """The pipeline with what has to be done again made unfinished.
 
     That is: the shards that were removed because they were damaged and, if asked, everything behind inputs that were given up.
     """
-    pipeline = Pipeline.create(config)
     mark = pipeline.root / _REOPENING
     again = _first_to_redo(pipeline, retry_failed)
     if again is not None and not mark.exists():
@@ -48,16 +47,15 @@ def planned(config: DataConfig, retry_failed: bool = False) -> Pipeline:
 def _reopen(pipeline: Pipeline, phase: int, keep_shards: bool) -> None:
     root = pipeline.root
     (root / "corpus.json").unlink(missing_ok=True)
-    for reopened in reversed(pipeline.phases[phase:]):
-        paths = sorted(reopened.folder.glob("*"), key=lambda path: path.name != "complete.json") if reopened.folder.exists() else []
-        for path in paths:
-            is_gate = path.name == "complete.json"
-            if is_gate or not (
-                reopened is pipeline.phases[0] or (isinstance(reopened, ShardPhase) and keep_shards and _has_its_shards(root, path))
-            ):
+    for redone in reversed(pipeline.phases[phase:]):
+        (redone.folder / "complete.json").unlink(missing_ok=True)
+        if redone is pipeline.phases[0]:
+            continue  # its gate alone: the tasks that are done stay done
+        for path in redone.folder.glob("*"):
+            if not (isinstance(redone, ShardPhase) and keep_shards and _has_its_shards(root, path)):
                 path.unlink()
-        if not keep_shards and reopened is not pipeline.phases[0]:
-            for path in (root / "dropped").glob(f"{reopened.name}-*.arrow"):
+        if not keep_shards:
+            for path in (root / "dropped").glob(f"{redone.name}-*.arrow"):
                 path.unlink()
     if not keep_shards:
         for split in SPLITS:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from regrowth.data_pipeline.arrow import pc
+from regrowth.data_pipeline.arrow import pc, read_stream
 from regrowth.data_pipeline.corpus import SPLITS, Corpus
 from regrowth.data_pipeline.phases.shard import domain_folder
 from regrowth.data_pipeline.shards import REMEDY, Shard, ShardIndex, ShardWriter
@@ -28,6 +28,7 @@ class Statistics:
     histogram: Counter[int] = field(default_factory=Counter)
     by_domain: Counter[str] = field(default_factory=Counter)  # tokens
     by_source: Counter[str] = field(default_factory=Counter)  # tokens, by file
+    by_level: Counter[int] = field(default_factory=Counter)  # tokens, by refinement level
 
     def add(self, shard: Shard) -> None:
         """Count one shard."""
@@ -40,6 +41,9 @@ class Statistics:
             bins, counts = np.unique(np.floor(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
             self.histogram.update({int(2**b): int(c) for b, c in zip(bins, counts, strict=True)})
             self.by_domain[shard.index.domain] += int(lengths.sum())
+            levels = batch.column("level").to_numpy()
+            for level in np.unique(levels):
+                self.by_level[int(level)] += int(lengths[levels == level].sum())
             files = pc.replace_substring_regex(pc.list_element(batch.column("lineage"), 0), r"[@#][^/]*$", "").dictionary_encode()
             sums = np.bincount(files.indices.to_numpy(), weights=lengths, minlength=len(files.dictionary))
             self.by_source.update({name: int(s) for name, s in zip(files.dictionary.to_pylist(), sums, strict=True)})
@@ -51,26 +55,8 @@ def batches(shard: Shard) -> Iterator[pa.RecordBatch]:
     Raises:
         UserError: the shard is damaged.
     """
-    try:
-        with pa.ipc.open_stream(pa.memory_map(str(shard.path))) as reader:
-            yield from reader
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{shard.path}: damaged ({error}).") from error
-
-
-def check_counts(shard: Shard) -> None:
-    """Compare the documents and tokens in a shard with what its index says.
-
-    Raises:
-        UserError: they differ.
-    """
-    documents = tokens = 0
-    for batch in batches(shard):
-        documents += len(batch)
-        tokens += len(batch.column("tokens").flatten())
-    if (documents, tokens) != (shard.index.documents, shard.index.tokens):
-        raise UserError(f"{shard.path}: holds {documents:,} documents and {tokens:,} tokens, its index says {shard.index.documents:,} and "
-                        f"{shard.index.tokens:,}. {REMEDY}")  # fmt: skip
+    for _, batch in read_stream(shard.path, REMEDY):
+        yield batch
 
 
 def corpus_statistics(corpus: Corpus, split: str) -> Statistics:
@@ -105,6 +91,9 @@ def merge(shards: list[Shard], out: Path, block_tokens: int) -> ShardIndex:
             if getattr(shard.index, what) != getattr(first.index, what):
                 raise UserError(f"{shard.path}: its {what} is {getattr(shard.index, what)}, that of {first.path} is {getattr(first.index, what)}; "
                                 "only shards of one domain and one tokenizer can be merged.")  # fmt: skip
+        if not _schema(shard).equals(_schema(first)):
+            raise UserError(f"{shard.path}: its columns are not those of {first.path} (other scores, or another version wrote it); "
+                            "only shards of the same columns can be merged.")  # fmt: skip
     ((_, index),) = _rewrite(shards, out, block_tokens, 1 << 62)
     return index
 
@@ -121,11 +110,16 @@ def split(shard: Shard, out: Path, parts: int, block_tokens: int) -> list[tuple[
     return _rewrite([shard], out, min(block_tokens, target), target)
 
 
+def _schema(shard: Shard) -> pa.Schema:
+    with pa.ipc.open_stream(pa.memory_map(str(shard.path))) as reader:
+        return reader.schema
+
+
 def _rewrite(shards: list[Shard], out: Path, block_tokens: int, shard_tokens: int) -> list[tuple[str, ShardIndex]]:
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder.")
     out.mkdir(parents=True)
-    writer = ShardWriter(out, "00000", pa.ipc.open_stream(pa.memory_map(str(shards[0].path))).schema, block_tokens, shard_tokens)
+    writer = ShardWriter(out, "00000", _schema(shards[0]), block_tokens, shard_tokens)
     for shard in shards:
         rate = shard.index.text_bytes / max(shard.index.tokens, 1)
         counted = 0

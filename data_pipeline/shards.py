@@ -7,6 +7,7 @@ not depend on document length. A block's xxh3 is checked at its first touch, the
 """
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from regrowth.data_pipeline.arrow import read_stream
 from regrowth.errors import UserError
 from regrowth.files import atomic_path, read_json, sha256_of, write_json
 
@@ -30,6 +32,7 @@ def shard_schema(vocabulary: int, metadata: dict[str, str], scores: Sequence[str
         pa.field("tokens", pa.large_list(token), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("domain", pa.string(), nullable=False),
+        pa.field("level", pa.int8(), nullable=False),
         pa.field("lineage", pa.list_(pa.string()), nullable=False),
         pa.field("scores", kind),
         pa.field("weight", pa.float32(), nullable=False),
@@ -214,20 +217,21 @@ class Shard:
 
     def table(self, number: int) -> pa.RecordBatch:
         """Block `number` with all its columns, for looking up ids and lineage; slower than `block`."""
-        with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
-            for position, batch in enumerate(reader):
-                if position == number:
-                    return batch
-        raise IndexError(number)
+        return next(itertools.islice(read_stream(self.path, REMEDY), number, None))[1]
 
     def verify(self) -> None:
-        """Compare the whole file with its sha256.
+        """Compare the whole file with its sha256, and the index's counts with what the file holds.
 
         Raises:
-            UserError: it was altered.
+            UserError: it was altered, or its index does not describe it.
         """
         if sha256_of(self.path) != self.index.sha256:
             raise UserError(f"{self.path}: altered, its sha256 is not the index's. {REMEDY}")
+        blocks = index_blocks(self.path)
+        documents, tokens = sum(block.rows for block in blocks), sum(block.tokens for block in blocks)
+        if blocks != self.index.blocks or (documents, tokens) != (self.index.documents, self.index.tokens):
+            raise UserError(f"{self.path}: holds {documents:,} documents and {tokens:,} tokens in {len(blocks)} blocks; its index says "
+                            f"{self.index.documents:,}, {self.index.tokens:,} and {len(self.index.blocks)}, or places them elsewhere. {REMEDY}")  # fmt: skip
 
 
 REMEDY = "Remove this shard (and its .json) and run `regrowth data prepare` again; it rebuilds what is missing."

@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from regrowth.data_pipeline.arrow import pc
+from regrowth.data_pipeline.arrow import pc, read_stream
 from regrowth.data_pipeline.phases.curate import CuratePhase
-from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase
+from regrowth.data_pipeline.phases.dedup import ClustersPhase, ExactPhase
 from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import UserError
@@ -43,15 +43,15 @@ def trace(pipeline: Pipeline, document: str) -> Trace:
     found: Trace | None = None
     for phase in pipeline.phases:
         if isinstance(phase, CuratePhase) and phase.settled:
-            for path, batch, row in _rows(sorted(phase.folder.glob("part-*.arrow")), document):
+            for path, first, batch, row in _rows(sorted(phase.folder.glob("part-*.arrow")), document):
                 found = _same(found, batch, row, document)
                 part = int(path.stem.removeprefix("part-"))
-                found.steps += [*_transform_steps(phase, part), *_dedup_steps(pipeline, phase, part, path, row, batch)]
-    for _, batch, row in _rows(sorted((pipeline.root / "dropped").glob("*.arrow")), document):
+                found.steps += [*_transform_steps(phase, part), *_dedup_steps(pipeline, phase, part, first + row)]
+    for _, _, batch, row in _rows(sorted((pipeline.root / "dropped").glob("*.arrow")), document):
         found = _same(found, batch, row, document)
         found.meta = batch.column("meta")[row].as_py()
         found.steps.append(f"dropped by {batch.column('transform')[row].as_py()}: {batch.column('reason')[row].as_py()}")
-    for path, batch, row in _rows(_shards(pipeline), document):
+    for path, _, batch, row in _rows(_shards(pipeline), document):
         if found is not None:
             tokens = len(batch.column("tokens")[row].values)
             found.steps.append(f"sharded: {path.relative_to(pipeline.root)}, {tokens:,} tokens")
@@ -83,13 +83,13 @@ def _shards(pipeline: Pipeline) -> list[Path]:
     return sorted(pipeline.root / row["path"] for by_domain in splits.values() for rows in by_domain.values() for row in rows)
 
 
-def _rows(paths: list[Path], document: str) -> Iterator[tuple[Path, pa.RecordBatch, int]]:
+def _rows(paths: list[Path], document: str) -> Iterator[tuple[Path, int, pa.RecordBatch, int]]:
+    """Batches that hold a document whose id begins so: the file, the number of the batch's first row, the batch, the row in it."""
     for path in paths:
-        with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-            for batch in reader:
-                match = pc.starts_with(batch.column("id"), document)
-                for row in np.flatnonzero(match.to_numpy(zero_copy_only=False)):
-                    yield path, batch, int(row)
+        for first, batch in read_stream(path):
+            match = pc.starts_with(batch.column("id"), document)
+            for row in np.flatnonzero(match.to_numpy(zero_copy_only=False)):
+                yield path, first, batch, int(row)
 
 
 def _transform_steps(phase: CuratePhase, part: int) -> list[str]:
@@ -102,30 +102,23 @@ def _transform_steps(phase: CuratePhase, part: int) -> list[str]:
     return steps
 
 
-def _dedup_steps(pipeline: Pipeline, phase: CuratePhase, part: int, path: Path, row: int, batch: pa.RecordBatch) -> list[str]:
+def _dedup_steps(pipeline: Pipeline, phase: CuratePhase, part: int, row: int) -> list[str]:
     steps = []
-    with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-        identity, absolute = batch.column("id")[row].as_py(), 0
-        for other in reader:
-            place = pc.index(other.column("id"), identity).as_py()
-            if place >= 0:
-                absolute += place
-                break
-            absolute += len(other)
     for dedup in pipeline.phases:
         if isinstance(dedup, LineDedupPhase) and dedup.parts.phase is phase and dedup.settled:
-            repeated, units = dedup.of(part, absolute)
+            repeated, units = dedup.of(part, row)
             steps.append(f"{dedup.kind}: {repeated} of {units} {dedup.config.unit}s met before")
-        parts = dedup.parts if isinstance(dedup, ExactPhase) else dedup.bands.parts if isinstance(dedup, ClustersPhase) else None
-        if parts is None or parts.phase is not phase or not dedup.settled or isinstance(dedup, BandsPhase):
+        if not isinstance(dedup, ExactPhase | ClustersPhase) or not dedup.settled:
             continue
-        member = dedup.removals.of(part, absolute)  # pyright: ignore[reportAttributeAccessIssue]
+        if (dedup.parts if isinstance(dedup, ExactPhase) else dedup.bands.parts).phase is not phase:
+            continue
+        member = dedup.removals.of(part, row)
         if member is None:
             steps.append(f"{dedup.kind}: alone")
             continue
         keeper, size = member
         cluster = f"a cluster of {size}" if size else "its copies"
-        if keeper == part << 32 | absolute:
+        if keeper == part << 32 | row:
             steps.append(f"{dedup.kind}: kept for {cluster}")
         else:
             steps.append(f"{dedup.kind}: removed in favour of {_id_of(phase, keeper)} from {cluster}")
@@ -134,19 +127,25 @@ def _dedup_steps(pipeline: Pipeline, phase: CuratePhase, part: int, path: Path, 
 
 def _id_of(phase: CuratePhase, key: int) -> str:
     row = key & 0xFFFFFFFF
-    with pa.ipc.open_stream(pa.memory_map(str(phase.path(key >> 32, ".arrow")))) as reader:
-        for batch in reader:
-            if row < len(batch):
-                return batch.column("id")[row].as_py()
-            row -= len(batch)
+    for first, batch in read_stream(phase.path(key >> 32, ".arrow")):
+        if row < first + len(batch):
+            return batch.column("id")[row - first].as_py()
     return "?"
+
+
+class Survivor(NamedTuple):
+    """A document that is in a shard."""
+
+    id: str
+    source: str
+    shard: str
 
 
 @dataclass
 class Survival:
     """What became of the documents of a source."""
 
-    kept: list[tuple[str, str, str]]  # id, source, shard
+    kept: list[Survivor]
     dropped: Counter[str]
 
 
@@ -160,30 +159,19 @@ def survivors(pipeline: Pipeline, source: str) -> Survival:
         raise UserError(f"{pipeline.root}: not finished; `regrowth data status` tells how far it is.")
     result = Survival([], Counter())
     for path in _shards(pipeline):
-        with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-            for batch in reader:
-                sources = pc.list_element(batch.column("lineage"), 0)
-                chosen = batch.filter(pc.starts_with(sources, source))
-                place = str(path.relative_to(pipeline.root))
-                result.kept += [
-                    (i, s, place)
-                    for i, s in zip(chosen.column("id").to_pylist(), pc.list_element(chosen.column("lineage"), 0).to_pylist(), strict=True)
-                ]
+        place = str(path.relative_to(pipeline.root))
+        for _, batch in read_stream(path):
+            chosen = batch.filter(pc.starts_with(pc.list_element(batch.column("lineage"), 0), source))
+            sources = pc.list_element(chosen.column("lineage"), 0).to_pylist()
+            result.kept += [Survivor(i, s, place) for i, s in zip(chosen.column("id").to_pylist(), sources, strict=True)]
     for path in sorted((pipeline.root / "dropped").glob("*.arrow")):
-        with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-            for batch in reader:
-                chosen = batch.filter(pc.starts_with(batch.column("source"), source))
-                result.dropped.update(
-                    f"{t}: {r}" for t, r in zip(chosen.column("transform").to_pylist(), chosen.column("reason").to_pylist(), strict=True)
-                )
+        for _, batch in read_stream(path):
+            chosen = batch.filter(pc.starts_with(batch.column("source"), source))
+            reasons = zip(chosen.column("transform").to_pylist(), chosen.column("reason").to_pylist(), strict=True)
+            result.dropped.update(f"{transform}: {reason}" for transform, reason in reasons)
     if not result.kept and not result.dropped:
         known = sorted({path for _, item in pipeline.items for path in item.paths})
         raise UserError(
             f"{pipeline.root}: no document came from {source}. Its files: {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
         )
     return result
-
-
-def as_rows(survival: Survival) -> list[dict[str, Any]]:
-    """The kept documents as JSON-able rows."""
-    return [{"id": i, "source": s, "shard": place} for i, s, place in survival.kept]

@@ -1,6 +1,6 @@
 """What can be said of a transform; defaults are the published values, with their source."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,13 +11,19 @@ Count = Annotated[int, Field(ge=0)]
 Words = Annotated[int, Field(ge=1, le=64)]
 
 
-class Normalise(Settings):
+class TransformSettings(Settings):
+    """What every transform has. `inputs` names the keys that are paths of files: they must be there, and their content is part of the recipe."""
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+
+
+class Normalise(TransformSettings):
     """Unicode NFC, line ends to LF, control characters removed, trailing spaces and runs of blank lines trimmed."""
 
     kind: Literal["normalise"]
 
 
-class FixUnicode(Settings):
+class FixUnicode(TransformSettings):
     """Repair text decoded with the wrong encoding, and HTML entities (ftfy, whose defaults these are)."""
 
     kind: Literal["fix_unicode"]
@@ -26,7 +32,7 @@ class FixUnicode(Settings):
     fix_character_width: bool = True  # fullwidth Latin letters to plain ones
 
 
-class Quality(Settings):
+class Quality(TransformSettings):
     """Drop what is not readable text: too short, too long, binary, or the same line over and over."""
 
     kind: Literal["quality"]
@@ -39,8 +45,10 @@ class Quality(Settings):
     max_duplicate_line_fraction: Fraction = 0.50
 
 
-class Language(Settings):
+class Language(TransformSettings):
     """Keep documents in some languages (FineWeb: score of at least .65, arXiv 2406.17557)."""
+
+    inputs = ("model",)
 
     kind: Literal["language"]
     keep: list[str] = ["en"]  # ISO 639-1 codes, as the model spells them
@@ -48,7 +56,7 @@ class Language(Settings):
     model: str | None = None  # a fastText model (lid.176.bin, GlotLID, ...); None: py3langid, which carries its own
 
 
-class GopherQuality(Settings):
+class GopherQuality(TransformSettings):
     """Does it read like prose? (Rae et al. 2021, arXiv 2112.11446, section A1.1)"""
 
     kind: Literal["gopher_quality"]
@@ -64,7 +72,7 @@ class GopherQuality(Settings):
     stop_words: Annotated[list[str], Field(max_length=64)] = ["the", "be", "to", "of", "and", "that", "have", "with"]
 
 
-class GopherRepetition(Settings):
+class GopherRepetition(TransformSettings):
     """Does it say the same over and over? (Rae et al. 2021, arXiv 2112.11446, table A1)"""
 
     kind: Literal["gopher_repetition"]
@@ -76,7 +84,7 @@ class GopherRepetition(Settings):
     repeated_ngrams: dict[Words, Fraction] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
-class C4(Settings):
+class C4(TransformSettings):
     """C4's line and page rules (Raffel et al. 2020, arXiv 1910.10683, section 2.2)."""
 
     kind: Literal["c4"]
@@ -98,7 +106,7 @@ class C4(Settings):
     ]
 
 
-class FineWeb(Settings):
+class FineWeb(TransformSettings):
     """FineWeb's own rules (Penedo et al. 2024, arXiv 2406.17557, section 3.6)."""
 
     kind: Literal["fineweb"]
@@ -109,7 +117,7 @@ class FineWeb(Settings):
     max_newlines_per_word: float = 0.3
 
 
-class Boilerplate(Settings):
+class Boilerplate(TransformSettings):
     """Remove short lines that are a page's furniture (menus, consent banners, share buttons); drop pages that are mostly that."""
 
     kind: Literal["boilerplate"]
@@ -118,8 +126,10 @@ class Boilerplate(Settings):
     max_removed_fraction: Fraction = 0.5
 
 
-class FastTextScore(Settings):
+class FastTextScore(TransformSettings):
     """Score documents with a fastText classifier; with a threshold, drop those below."""
+
+    inputs = ("model",)
 
     kind: Literal["fasttext"]
     model: str
@@ -129,8 +139,10 @@ class FastTextScore(Settings):
     scored_characters: Annotated[int, Field(gt=0)] | None = None  # of each document's beginning; None for all
 
 
-class UrlFilter(Settings):
+class UrlFilter(TransformSettings):
     """Drop documents by where they come from."""
+
+    inputs = ("domains", "urls", "words")
 
     kind: Literal["url"]
     domains: str | None = None  # a file of host names, one a line; hosts below them are meant too
@@ -139,7 +151,7 @@ class UrlFilter(Settings):
     require_url: bool = False
 
 
-class MaskPii(Settings):
+class MaskPii(TransformSettings):
     """Replace e-mail addresses, public IP addresses and telephone numbers by stand-ins; how many is kept in `meta`."""
 
     kind: Literal["mask_pii"]
@@ -151,15 +163,17 @@ class MaskPii(Settings):
     phone_stand_in: str = "555-0100"  # reserved for fiction
 
 
-class BlockedWords(Settings):
+class BlockedWords(TransformSettings):
     """Drop documents that hold blocked words or phrases."""
+
+    inputs = ("path",)
 
     kind: Literal["blocked_words"]
     path: str  # a file, one word or phrase a line; "#" begins a comment
     max_occurrences: Count = 0
 
 
-class Decontaminate(Settings):
+class Decontaminate(TransformSettings):
     """Drop documents that share word n-grams with evaluation sets (13 words: GPT-3, arXiv 2005.14165, appendix C)."""
 
     kind: Literal["decontaminate"]
@@ -170,13 +184,13 @@ class Decontaminate(Settings):
     max_shared: Count = 0
 
 
-class ExactDedup(Settings):
+class ExactDedup(TransformSettings):
     """Keep the first document of each content hash (xxh3-128 of the normalised text), over all sources."""
 
     kind: Literal["exact_dedup"]
 
 
-class MinHashDedup(Settings):
+class MinHashDedup(TransformSettings):
     """Keep one document of each cluster of near-duplicates (FineWeb's setting: word 5-grams, 14 bands of 8; arXiv 2406.17557)."""
 
     kind: Literal["minhash_dedup"]
@@ -188,7 +202,7 @@ class MinHashDedup(Settings):
     score: str = "quality"  # of which `best_score` is the best
 
 
-class LineDedup(Settings):
+class LineDedup(TransformSettings):
     """Remove lines or paragraphs met before anywhere in the corpus, with a Bloom filter (DCLM's way, arXiv 2406.11794)."""
 
     kind: Literal["line_dedup"]

@@ -17,10 +17,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from regrowth.data_pipeline import shard_tools
 from regrowth.data_pipeline.config import DataConfig, DataRecipe
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder, list_items
+from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
 from regrowth.data_pipeline.prepare import prepare as prepare_corpus
 from regrowth.data_pipeline.shards import Shard
 from regrowth.settings import find_recipe, load
@@ -38,13 +37,12 @@ def prepare(config: str, overrides: list[str], dry_run: bool) -> None:
 
 def show_plan(config: DataConfig, console: Console) -> None:
     """What would be done, without doing it: the folder, the items, the phases."""
-    items = list_items(config)
-    folder = corpus_folder(config)
+    plan = Pipeline.plan_of(config)
+    folder = plan.root
     state = "finished" if (folder / "corpus.json").exists() else "unfinished, would go on" if folder.exists() else "not begun"
-    size = sum(item.size for _, item in items) / 1e6
-    console.print(f"{folder}: {state}; {len(items)} items of {len(config.sources)} sources, {size:.1f} MB", soft_wrap=True)
-    planned = Pipeline(folder, {"config": config.model_dump(mode="json"), "items": []})
-    console.print(f"phases: {', '.join(phase.name for phase in planned.phases)}", soft_wrap=True)
+    size = sum(item.size for _, item in plan.items) / 1e6
+    console.print(f"{folder}: {state}; {len(plan.items)} items of {len(config.sources)} sources, {size:.1f} MB", soft_wrap=True)
+    console.print(f"phases: {', '.join(phase.name for phase in plan.phases)}", soft_wrap=True)
 
 
 def prepare_with_progress(config: DataConfig, console: Console, retry_failed: bool = False) -> Corpus:
@@ -75,7 +73,6 @@ def verify(corpus: str, overrides: list[str]) -> None:
     if (path := Path(corpus)).suffix == ".arrow":
         shard = Shard(path)
         shard.verify()
-        shard_tools.check_counts(shard)
         return Console().print(f"{path}: whole; {shard.index.documents:,} documents, {shard.index.tokens:,} tokens", soft_wrap=True)
     opened = open_corpus(corpus, overrides)
     Console().print(f"{opened.folder}: {opened.verify()} shards, all whole", soft_wrap=True)

@@ -14,7 +14,7 @@ from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.executors.ranks import pass_gates, work
 from regrowth.data_pipeline.pipeline import Pipeline
-from regrowth.data_pipeline.prepare import planned
+from regrowth.data_pipeline.prepare import reopened
 from regrowth.data_pipeline.status import PhaseStatus, corpus_status
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import read_json, write_json
@@ -53,16 +53,16 @@ def _run_mpi(config: DataConfig, console: Console, retry_failed: bool) -> None:
 
 
 def _run_slurm(config: DataConfig, console: Console, print_only: bool, wait: bool, retry_failed: bool) -> None:
-    pipeline = Pipeline.create(config)
+    pipeline = Pipeline.plan_of(config)
     if not print_only and (busy := queued([job["id"] for job in _submitted(pipeline)])):
         raise UserError(f"{pipeline.root}: jobs {', '.join(busy)} of an earlier submission are still in the queue. Wait for them, or cancel them: "
                         f"scancel {' '.join(busy)}")  # fmt: skip
     if not print_only:
-        pipeline = planned(config, retry_failed)
+        pipeline = reopened(pipeline.begin(), retry_failed)
+        (pipeline.root / "slurm").mkdir(exist_ok=True)
     if pipeline.finished:
         console.print(f"{pipeline.root}: finished already", soft_wrap=True)
         return
-    (pipeline.root / "slurm").mkdir(exist_ok=True)
     jobs: list[dict[str, Any]] = []
     for number, ranks in _array_sizes(pipeline, config.workers):
         phase = pipeline.phases[number]

@@ -1,6 +1,7 @@
 """Looking into shards and corpora: inspect, stats, trace, merge, split, export."""
 
 import json
+from collections import Counter
 from html import escape
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.data_pipeline.shards import Shard
 from regrowth.data_pipeline.tokenizer import Tokenizer
-from regrowth.data_pipeline.trace import as_rows, survivors, trace
+from regrowth.data_pipeline.trace import survivors, trace
 from regrowth.errors import UserError
 from regrowth.files import write_text
 
@@ -74,7 +75,7 @@ def stats(corpus: Corpus, split: str, html: Path | None) -> None:
         raise UserError(f"--split {split}: choose train or heldout.")
     console = Console()
     statistics = shard_tools.corpus_statistics(corpus, split)
-    for title, counts in (("tokens by domain", statistics.by_domain), ("tokens by source", statistics.by_source)):
+    for title, counts in _shares(statistics):
         table = Table("", "tokens", "share", "", title=title)
         for name, tokens in counts.most_common(20):
             share = tokens / max(statistics.tokens, 1)
@@ -89,6 +90,11 @@ def stats(corpus: Corpus, split: str, html: Path | None) -> None:
     if html:
         write_text(html, _page(corpus, split, statistics))
         console.print(f"wrote {html}", soft_wrap=True)
+
+
+def _shares(statistics: shard_tools.Statistics) -> list[tuple[str, Counter[str]]]:
+    levels = Counter({f"L{level}": tokens for level, tokens in statistics.by_level.items()})
+    return [("tokens by domain", statistics.by_domain), ("tokens by level", levels), ("tokens by source", statistics.by_source)]
 
 
 def _page(corpus: Corpus, split: str, statistics: shard_tools.Statistics) -> str:
@@ -108,8 +114,7 @@ table{{border-collapse:collapse;width:100%}}th{{font-weight:400;text-align:left;
 @media(prefers-color-scheme:dark){{body{{background:#161616;color:#eee}}.bar i{{background:#56B4E9}}}}</style></head><body>
 <h1>{escape(corpus.folder.name)}: {escape(split)}</h1>
 <p>{statistics.documents:,} documents, {statistics.tokens:,} tokens, {statistics.text_bytes / 1e6:,.1f} MB of text; the longest document has {statistics.longest:,} tokens.</p>
-{bars("Tokens by domain", statistics.by_domain.most_common())}
-{bars("Tokens by source (the 100 largest)", statistics.by_source.most_common(100))}
+{"".join(bars(f"{title[0].upper()}{title[1:]}", counts.most_common(100)) for title, counts in _shares(statistics))}
 {bars("Document lengths, in tokens", lengths)}</body></html>
 """
 
@@ -130,8 +135,8 @@ def trace_document(folder: Path, document: str | None, source: str | None, list_
     assert source is not None
     survival = survivors(pipeline, source)
     if list_all:
-        for row in as_rows(survival):
-            print(json.dumps(row, ensure_ascii=False))
+        for survivor in survival.kept:
+            print(json.dumps(survivor._asdict(), ensure_ascii=False))
         return
     console.print(f"{len(survival.kept):,} documents of {source} are in shards, {sum(survival.dropped.values()):,} were dropped")
     for reason, count in survival.dropped.most_common():

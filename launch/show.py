@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 def show_dry_run(config: "RunConfig") -> None:
     """The resolved config, the plan, the predicted memory and the data that would be read."""
-    from regrowth.data_pipeline.pipeline import corpus_folder, list_items
+    from regrowth.data_pipeline.pipeline import Pipeline
     from regrowth.settings import to_toml
 
     console = Console()
     console.print(to_toml(config), markup=False, highlight=False, soft_wrap=True)
     console.rule("data")
-    for number, item in list_items(config.data):
+    plan = Pipeline.plan_of(config.data)
+    for number, item in plan.items:
         more = f" and {len(item.paths) - 1} more" if len(item.paths) > 1 else ""
         console.print(
             f"{config.data.sources[number].kind:<10} {item.size / 1e6:8.2f} MB  {next(iter(item.paths))}{more}",
             soft_wrap=True,
             highlight=False,
         )
-    folder = corpus_folder(config.data)
-    console.print(f"corpus {folder} ({'ready' if (folder / 'corpus.json').exists() else 'to be prepared'})", soft_wrap=True)
+    console.print(f"corpus {plan.root} ({'ready' if plan.finished else 'to be prepared'})", soft_wrap=True)
     console.rule("plan")
     _print_plan(config, "laptop" if config.run.dtype == "float32" else "h100_node", console)
     tokens = config.run.steps * config.loader.global_batch * config.loader.sequence_length

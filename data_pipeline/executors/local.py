@@ -18,7 +18,6 @@ from regrowth.data_pipeline.executors.ranks import pass_gates, run_alone
 from regrowth.data_pipeline.phases.base import Phase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import RegrowthError, RunFailed, UserError
-from regrowth.files import write_json
 
 # What the caller shows of the progress: (what is being done, how much is done, of how much).
 Progress = Callable[[str, float, float], None]
@@ -109,7 +108,7 @@ class _Team:
                         f"the process of task {task} was killed {deaths[task]} times (out of memory?); try fewer data.workers"
                     )
                     phase.folder.mkdir(parents=True, exist_ok=True)
-                    write_json(phase.path(task, ".failed"), {"task": task, "letter": str(error)})
+                    phase.fail(task, str(error))
                 if error is None:
                     report(phase.name, done := done + sizes[task], total)
                 else:

@@ -9,7 +9,7 @@ from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.executors.local import Progress
 from regrowth.data_pipeline.executors.ranks import pass_gates, work
 from regrowth.data_pipeline.pipeline import Pipeline
-from regrowth.data_pipeline.prepare import planned
+from regrowth.data_pipeline.prepare import reopened
 from regrowth.errors import RegrowthError, RunFailed, UserError, need
 
 
@@ -23,7 +23,7 @@ def run_mpi(config: DataConfig, report: Progress, retry_failed: bool = False) ->
     mpi: Any = need("mpi4py.MPI", "the mpi executor")
     world = mpi.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
-    root = _first(world, lambda: str(planned(config, retry_failed).root))
+    root = _first(world, lambda: str(reopened(Pipeline.plan_of(config).begin(), retry_failed).root))
     pipeline = Pipeline.open(Path(root))
     for number, phase in enumerate(pipeline.phases):
         _first(world, lambda n=number: pass_gates(pipeline, n, config.executor.max_failed))

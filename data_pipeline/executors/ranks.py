@@ -60,14 +60,10 @@ def run_alone(pipeline: Pipeline, report: Callable[[str, float, float], None], m
         for task in left:
             try:
                 phase.run_task(task)
-            except RegrowthError:
-                failed += 1
-                if not phase.may_lose or failed > max_failed:
-                    raise
             except Exception as error:
                 failed += 1
                 if not phase.may_lose or failed > max_failed:
-                    raise RunFailed(phase.letter([task], max_failed)) from error
+                    raise error if isinstance(error, RegrowthError) else RunFailed(phase.letter([task], max_failed)) from error
             report(phase.name, done := done + sizes[task], total)
         phase.settle(max_failed)
     pass_gates(pipeline, len(pipeline.phases), max_failed)

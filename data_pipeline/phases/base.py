@@ -12,7 +12,7 @@ import collections
 import contextlib
 import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
+from regrowth.data_pipeline.document import DROPPED
 from regrowth.errors import RegrowthError, RunFailed
-from regrowth.files import read_json, write_json
+from regrowth.files import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
     from regrowth.data_pipeline.pipeline import Pipeline
 
 # (domain, transform, reason) -> documents, bytes. The reason "" counts what the transform let through.
 Funnel = dict[tuple[str, str, str], tuple[int, int]]
+OnDrop = Callable[[pa.RecordBatch], None]
 
 
 def new_funnel() -> Funnel:
@@ -43,6 +45,12 @@ def count(funnel: Funnel, batch: pa.RecordBatch, transform: str, reason: str) ->
     for row in table.group_by("domain").aggregate([("bytes", "sum"), ("bytes", "count")]).to_pylist():
         documents, bytes_ = funnel[(row["domain"], transform, reason)]
         funnel[(row["domain"], transform, reason)] = (documents + row["bytes_count"], bytes_ + row["bytes_sum"])
+
+
+def count_dropped(funnel: Funnel, batch: pa.RecordBatch) -> None:
+    """Add a batch of dropped documents, all of one transform, to the funnel by domain and reason."""
+    for reason in pc.unique(batch.column("reason")).to_pylist():
+        count(funnel, batch.filter(pc.equal(batch.column("reason"), reason)), batch.column("transform")[0].as_py(), reason)
 
 
 def add_funnel(total: Funnel, rows: Iterable[list[Any]]) -> None:
@@ -71,6 +79,8 @@ class Phase:
 
     def sizes(self) -> list[int]:
         """How large each task is, in bytes or what comes near; its length is the number of tasks. Earlier phases are complete."""
+        if self.single:
+            return [1]
         raise NotImplementedError
 
     def run(self, task: int) -> dict[str, Any]:
@@ -116,10 +126,29 @@ class Phase:
             record = self.run(task)
         except Exception as error:
             letter = str(error) if isinstance(error, RegrowthError) else f"{type(error).__name__}: {error}"
-            write_json(self.path(task, ".failed"), {"task": task, "letter": letter, "at": time.time()})
+            self.fail(task, letter)
             raise
         write_json(self.path(task, ".json"), {**record, "begin": begin, "end": time.time()})
         self.path(task, ".failed").unlink(missing_ok=True)
+
+    def fail(self, task: int, letter: str) -> None:
+        """Note beside a task why it failed."""
+        write_json(self.path(task, ".failed"), {"task": task, "letter": letter, "at": time.time()})
+
+    @contextlib.contextmanager
+    def dropping(self, task: int, funnel: Funnel) -> Iterator[OnDrop]:
+        """Inside, what is handed to the function is kept among the dropped documents, under this task's name, and counted."""
+        with (
+            atomic_path(self.pipeline.root / "dropped" / f"{self.name}-{task:05d}.arrow") as partial,
+            pa.ipc.new_stream(str(partial), DROPPED) as writer,
+        ):
+
+            def drop(batch: pa.RecordBatch) -> None:
+                if len(batch):
+                    writer.write_batch(batch)
+                    count_dropped(funnel, batch)
+
+            yield drop
 
     @property
     def settled(self) -> bool:
@@ -128,7 +157,10 @@ class Phase:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What the gate wrote down: the tasks given up, documents and bytes by task. One file, where the records may be ten thousand."""
+        """What the gate wrote down: the tasks given up; documents and bytes by task; when the first began and the last ended.
+
+        One file, where the records may be ten thousand.
+        """
         return read_json(self.folder / "complete.json")
 
     @cached_property
@@ -154,6 +186,8 @@ class Phase:
             "letters": [self.failure(task) for task in left],
             "documents": [record.get("documents", 0) for record in records],
             "bytes": [record.get("bytes", 0) for record in records],
+            "begin": min((record["begin"] for record in records if record), default=0.0),
+            "end": max((record["end"] for record in records if record), default=0.0),
         }
         write_json(self.folder / "complete.json", summary)
 

@@ -6,7 +6,7 @@ segment reads the parts of the one before without what was found to be duplicate
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from regrowth.data_pipeline.arrow import pc
-from regrowth.data_pipeline.document import DOCUMENT, DROPPED, EMPTY, Raw, mark_dropped, to_batches
-from regrowth.data_pipeline.phases.base import Funnel, Phase, count, funnel_rows, new_funnel
+from regrowth.data_pipeline.arrow import pc, read_stream
+from regrowth.data_pipeline.document import DOCUMENT, EMPTY, Raw, mark_dropped, to_batches
+from regrowth.data_pipeline.phases.base import Funnel, OnDrop, Phase, count, funnel_rows, new_funnel
 from regrowth.data_pipeline.sources.registry import build_source
 from regrowth.data_pipeline.transform_config import LineDedup, MinHashDedup
 from regrowth.data_pipeline.transforms.base import Transform, score_of
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _HASH = pa.field("content_hash", pa.binary(16), nullable=False)
 CURATED = DOCUMENT.append(_HASH)
-OnDrop = Callable[[pa.RecordBatch], None]
 
 
 def document_key(part: int, rows: np.ndarray) -> np.ndarray:
@@ -67,21 +66,12 @@ class CuratePhase(Phase):
         """Read, transform, write what is kept and what is dropped."""
         funnel, keys = new_funnel(), _Keys(self, task)
         counted = [t.counts.copy() for t in self.transforms]
-        documents = bytes_ = read_bytes = 0
-        dropped_path = self.pipeline.root / "dropped" / f"{self.name}-{task:05d}.arrow"
+        documents = bytes_ = 0
         with contextlib.ExitStack() as stack:
             kept_partial = stack.enter_context(atomic_path(self.path(task, ".arrow")))
-            dropped_partial = stack.enter_context(atomic_path(dropped_path))
             kept = stack.enter_context(pa.ipc.new_stream(str(kept_partial), CURATED))
-            dropped = stack.enter_context(pa.ipc.new_stream(str(dropped_partial), DROPPED))
-
-            def drop(batch: pa.RecordBatch) -> None:
-                if len(batch):
-                    dropped.write_batch(batch)
-                    _count_dropped(funnel, batch)
-
+            drop = stack.enter_context(self.dropping(task, funnel))
             for batch in self._input(task, funnel, drop):
-                read_bytes += pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
                 for transform in self.transforms:
                     batch, out = transform(batch)
                     if out is not None:
@@ -99,7 +89,6 @@ class CuratePhase(Phase):
         return {
             "documents": documents,
             "bytes": bytes_,
-            "read_bytes": read_bytes,
             "funnel": funnel_rows(funnel),
             "counts": counts,
             "transforms": [[t.name, t.version] for t in self.transforms],
@@ -126,12 +115,6 @@ class CuratePhase(Phase):
             domain = getattr(config, "domain", None) or PurePath(item.paths[0]).name.split(".")[0]
             for _, nothing in to_batches(Raw("", domain, path, dropped=EMPTY) for path in item.paths):
                 drop(nothing)
-
-
-def _count_dropped(funnel: Funnel, batch: pa.RecordBatch) -> None:
-    for reason in pc.unique(batch.column("reason")).to_pylist():
-        chosen = batch.filter(pc.equal(batch.column("reason"), reason))
-        count(funnel, chosen, chosen.column("transform")[0].as_py(), reason)
 
 
 class _Keys:
@@ -255,15 +238,10 @@ class Parts:
         Raises:
             UserError: the part is damaged.
         """
-        path, start = self.phase.path(part, ".arrow"), 0
-        try:
-            with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-                for batch in reader:
-                    yield start, batch
-                    start += len(batch)
-        except (pa.ArrowInvalid, OSError) as error:
-            remedy = f"Remove it and {path.with_suffix('.json').name} and the phases behind; the next run rebuilds this part alone."
-            raise UserError(f"{path}: damaged ({error}). {remedy}") from error
+        path = self.phase.path(part, ".arrow")
+        yield from read_stream(
+            path, f"Remove it and {path.with_suffix('.json').name} and the phases behind; the next run rebuilds this part alone."
+        )
 
     def kept_rows(self, part: int, documents: int) -> np.ndarray:
         """bool [documents]: which documents of a part no deduplication removed."""

@@ -158,10 +158,6 @@ class ClustersPhase(Phase):
         self.bands = bands
         self.removals = Removals(self.kind, "near_duplicate", self)
 
-    def sizes(self) -> list[int]:
-        """One task."""
-        return [1]
-
     def run(self, task: int) -> dict[str, Any]:
         """Join the pairs, choose the keepers, write (document, keeper, cluster size) for every document in a cluster."""
         from regrowth.data_pipeline.text.shingles import union

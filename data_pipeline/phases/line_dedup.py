@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.document import DOCUMENT
-from regrowth.data_pipeline.phases.base import Phase
-from regrowth.data_pipeline.phases.curate import OnDrop, Parts, document_key, load, save
+from regrowth.data_pipeline.phases.base import OnDrop, Phase
+from regrowth.data_pipeline.phases.curate import Parts, document_key, load, save
 from regrowth.data_pipeline.transform_config import LineDedup
 from regrowth.data_pipeline.transforms.base import Verdict, part, replaced
 

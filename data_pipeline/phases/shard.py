@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.corpus import SPLITS
-from regrowth.data_pipeline.document import DROPPED
 from regrowth.data_pipeline.encoder import build_encoder, choose_engine, engine_file
 from regrowth.data_pipeline.phases.base import Phase, count, funnel_rows, new_funnel
 from regrowth.data_pipeline.phases.curate import Parts
@@ -18,13 +17,13 @@ from regrowth.data_pipeline.shards import ShardWriter, shard_metadata, shard_sch
 from regrowth.data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from regrowth.data_pipeline.transforms.hashing import heldout_mask
 from regrowth.errors import UserError
-from regrowth.files import atomic_path, fingerprint, read_json, write_json
+from regrowth.files import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from regrowth.data_pipeline.pipeline import Pipeline
 
 _BYTES_PER_TOKEN = 4  # about; only to size the tasks
-_PROOF_CHARACTERS = 2_000_000
+_PROOF_BYTES = 2e6  # of text from all over the corpus, on which the encoders have to agree
 _ENCODE_BYTES = 4 << 20  # of text at once
 
 
@@ -38,10 +37,6 @@ class TokenizerPhase(Phase):
         super().__init__(pipeline, number)
         self.parts = parts
 
-    def sizes(self) -> list[int]:
-        """One task."""
-        return [1]
-
     def run(self, task: int) -> dict[str, Any]:
         """Write `tokenizer/tokenizer.json` and `tokenizer/engine.json`."""
         config, out = self.pipeline.config.tokenizer, self.pipeline.root / "tokenizer"
@@ -52,7 +47,7 @@ class TokenizerPhase(Phase):
             tokenizer = Tokenizer.load(out)
         else:
             tokenizer = train_tokenizer(self._sample(config.sample_megabytes * 1e6), config.vocabulary, out)
-        name, reason = choose_engine(tokenizer, self._proof(), config.engine)
+        name, reason = choose_engine(tokenizer, self._sample(_PROOF_BYTES), config.engine)
         write_json(engine_file(self.pipeline.root), {"engine": name, "reason": reason})
         return {"hash": tokenizer.hash, "vocabulary": tokenizer.size, "engine": name, "reason": reason}
 
@@ -68,15 +63,6 @@ class TokenizerPhase(Phase):
                 if share < 1:
                     chosen &= low < np.uint64(int(share * 2**64))
                 yield from batch.column("text").filter(pa.array(chosen)).to_pylist()
-
-    def _proof(self) -> Iterator[str]:
-        """Documents from all over the corpus, two million characters of them."""
-        taken = 0
-        for text in self._sample(2.0 * _PROOF_CHARACTERS):
-            yield text
-            taken += len(text)
-            if taken > _PROOF_CHARACTERS:
-                return
 
 
 class ShardPhase(Phase):
@@ -119,17 +105,8 @@ class ShardPhase(Phase):
         writers: dict[tuple[str, str], ShardWriter] = {}
         funnel, documents = new_funnel(), 0
         with contextlib.ExitStack() as stack:
-            partial = stack.enter_context(atomic_path(root / "dropped" / f"{self.name}-{task:05d}.arrow"))
-            dropped = stack.enter_context(pa.ipc.new_stream(str(partial), DROPPED))
+            drop = stack.enter_context(self.dropping(task, funnel))
             stack.callback(lambda: [writer.abandon() for writer in writers.values()])
-
-            def drop(batch: pa.RecordBatch) -> None:
-                if len(batch):
-                    dropped.write_batch(batch)
-                    for domain in pc.unique(batch.column("domain")).to_pylist():
-                        chosen = batch.filter(pc.equal(batch.column("domain"), domain))
-                        count(funnel, chosen, chosen.column("transform")[0].as_py(), chosen.column("reason")[0].as_py())
-
             for part in self.groups[task]:
                 for batch in self.parts.read(part, funnel, drop):
                     for piece in _pieces(batch):
@@ -174,6 +151,7 @@ class ShardPhase(Phase):
                     pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(chosen.astype(value_type.to_pandas_dtype()))),
                     batch.column("id").take(take),
                     batch.column("domain").take(take),
+                    batch.column("level").take(take),
                     lineage.take(take),
                     scores.take(take),
                     pa.array(np.ones(len(rows), dtype=np.float32)),
@@ -190,10 +168,6 @@ class FinishPhase(Phase):
     def __init__(self, pipeline: "Pipeline", number: int, shards: ShardPhase) -> None:
         super().__init__(pipeline, number)
         self.shards = shards
-
-    def sizes(self) -> list[int]:
-        """One task."""
-        return [1]
 
     def run(self, task: int) -> dict[str, Any]:
         """Gather the shards of all tasks and the funnel of all phases.

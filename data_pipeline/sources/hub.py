@@ -12,7 +12,7 @@ from regrowth.errors import UserError
 
 
 class HubDataset:
-    """One item: the split. Local folders are memory-mapped, hub datasets streamed."""
+    """A split. Local folders are memory-mapped, hub datasets streamed."""
 
     def __init__(self, config: DatasetsSource) -> None:
         self.config = config
@@ -37,12 +37,8 @@ class HubDataset:
         Raises:
             UserError: the dataset, the split or the text column is not there.
         """
-        c, rows, first, place = (
-            self.config,
-            self._rows(),
-            0,
-            "/".join(filter(None, (self.config.path, self.config.name, self.config.split))),
-        )
+        c, rows, first = self.config, self._rows(), 0
+        place = "/".join(filter(None, (c.path, c.name, c.split)))
         if item.piece and hasattr(rows, "num_rows"):
             first = item.piece[0]
             rows = rows.select(range(*item.piece))

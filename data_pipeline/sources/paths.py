@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 from regrowth.errors import UserError, need
 
 PACKED = ("", ".gz", ".zst", ".xz", ".bz2")
-# What reading a damaged or withdrawn file may raise; each costs the rest of that file and nothing else.
+# Below this size no ratio of packed to unpacked bytes is suspicious.
 _BOMB_FROM_BYTES = 256 << 20
 
 

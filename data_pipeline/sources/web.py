@@ -28,11 +28,11 @@ class Extractor:
         if config.extractor == "trafilatura":
             self._trafilatura = need("trafilatura", purpose)
         else:
-            self._html, self._text = need("resiliparse.parse.html", purpose), need("resiliparse.extract.html2text", purpose)
+            self._text = need("resiliparse.extract.html2text", purpose)
 
     def decode(self, page: bytes, charset: str | None = None) -> str:
         """The page as a string: by the charset that its server named if that decodes it, else by detection."""
-        known = self._encoding.map_encoding_to_html5(charset) if charset else None
+        known = self._encoding.map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
         return self._encoding.bytes_to_str(page, known or self._encoding.detect_encoding(page, from_html_meta=True))
 
     def text(self, html: str) -> str:

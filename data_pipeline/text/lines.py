@@ -41,28 +41,6 @@ def trim(data, start, stop, classes):  # type: ignore[no-untyped-def]
 
 
 @jit
-def add_to_set(table, key):  # type: ignore[no-untyped-def]
-    """Put a nonzero key into an open-addressing set (uint64, a power of two long, zeros are free); whether it was there."""
-    mask = np.uint64(len(table) - 1)
-    place = key & mask
-    while table[place] != 0:
-        if table[place] == key:
-            return True
-        place = (place + np.uint64(1)) & mask
-    table[place] = key
-    return False
-
-
-@jit
-def table_size(elements):  # type: ignore[no-untyped-def]
-    """A power of two at least twice `elements`."""
-    size = 8
-    while size < 2 * elements:
-        size *= 2
-    return size
-
-
-@jit
 def unit_hashes(data, offsets, classes, paragraphs, minimum):  # type: ignore[no-untyped-def]
     """A hash for each line (or paragraph) of each text, 0 for those under `minimum` bytes after trimming; and each text's first unit."""
     documents = len(offsets) - 1

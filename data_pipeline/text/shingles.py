@@ -7,6 +7,7 @@ multiplications run eight at a time. Estimates are as good as those of a random 
 import numpy as np
 
 from regrowth.data_pipeline.text.characters import DROPPED, SEPARATOR, decode, longest_text, mix
+from regrowth.data_pipeline.text.hashtable import slot
 from regrowth.data_pipeline.text.jit import jit
 
 _ALONE_BIT = np.uint32(1 << 24)
@@ -155,7 +156,6 @@ def overlaps(data, offsets, folds, lengths, table, owners, present):  # type: ig
     shared, owner = np.zeros(texts, dtype=np.int64), np.full(texts, -1, dtype=np.int64)
     longest = longest_text(offsets)
     keys, sums = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.uint64)
-    mask = np.uint64(len(table) - 1)
     for t in range(texts):
         words = _loose_words(data, offsets[t], offsets[t + 1], folds, keys)
         _sums(keys, words, sums)
@@ -166,14 +166,11 @@ def overlaps(data, offsets, folds, lengths, table, owners, present):  # type: ig
                 bit = key >> np.uint64(64 - _FILTER_BITS)
                 if not present[bit >> np.uint64(6)] >> (bit & np.uint64(63)) & np.uint64(1):
                     continue
-                place = key & mask
-                while table[place] != 0:
-                    if table[place] == key:
-                        shared[t] += 1
-                        if owner[t] < 0:
-                            owner[t] = owners[place]
-                        break
-                    place = (place + np.uint64(1)) & mask
+                place = slot(table, key)
+                if table[place] == key:
+                    shared[t] += 1
+                    if owner[t] < 0:
+                        owner[t] = owners[place]
     return shared, owner
 
 
@@ -187,7 +184,6 @@ def build_table(data, offsets, folds, n, shortest, size):  # type: ignore[no-unt
     lengths, present = np.zeros(n + 1, dtype=np.int64), np.zeros(1 << (_FILTER_BITS - 6), dtype=np.uint64)
     longest = longest_text(offsets)
     keys, sums = np.empty(longest + 1, dtype=np.uint64), np.empty(longest + 2, dtype=np.uint64)
-    mask = np.uint64(size - 1)
     for t in range(len(offsets) - 1):
         words = _loose_words(data, offsets[t], offsets[t + 1], folds, keys)
         if words < shortest:
@@ -198,9 +194,7 @@ def build_table(data, offsets, folds, n, shortest, size):  # type: ignore[no-unt
         lengths[width] = 1
         for w in range(words - width + 1):
             key = _ngram(sums, w, width, power)
-            place = key & mask
-            while table[place] != 0 and table[place] != key:
-                place = (place + np.uint64(1)) & mask
+            place = slot(table, key)
             if table[place] == 0:
                 table[place] = key
                 owners[place] = t

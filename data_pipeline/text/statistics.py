@@ -3,8 +3,9 @@
 import numpy as np
 
 from regrowth.data_pipeline.text.characters import ALPHA, SPACE, TERMINAL, before, count_characters, decode, hash_bytes, longest_text, mix
+from regrowth.data_pipeline.text.hashtable import add_to_set, slot, table_size
 from regrowth.data_pipeline.text.jit import jit
-from regrowth.data_pipeline.text.lines import add_to_set, break_length, table_size, trim
+from regrowth.data_pipeline.text.lines import break_length, trim
 from regrowth.data_pipeline.text.words import has_letter, is_symbol_word, split_words
 
 # Columns of `prose_counts`.
@@ -180,13 +181,10 @@ def _commonest(keys, lengths, words, n, size):  # type: ignore[no-untyped-def]
     if words < n:
         return 0
     table, counts, firsts = np.zeros(size, dtype=np.uint64), np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-    mask = np.uint64(size - 1)
     best, best_first = 0, 0
     for w in range(words - n + 1):
         key = _gram(keys, w, n)
-        place = key & mask
-        while table[place] != 0 and table[place] != key:
-            place = (place + np.uint64(1)) & mask
+        place = slot(table, key)
         if table[place] == 0:
             table[place] = key
             firsts[place] = w

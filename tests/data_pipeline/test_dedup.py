@@ -122,7 +122,7 @@ def test_the_result_does_not_depend_on_how_the_keys_are_divided(tmp_path: Path, 
 def test_signatures_of_other_settings_are_refused(tmp_path: Path) -> None:
     near_duplicates(tmp_path / "in")
     values = {**small_data_values(tmp_path / "in", tmp_path / "out"), "transforms": [{"kind": "minhash_dedup"}]}
-    pipeline = Pipeline.create(DataConfig.model_validate(values))
+    pipeline = Pipeline.plan_of(DataConfig.model_validate(values)).begin()
     for task in range(len(pipeline.phases[0].task_sizes)):
         pipeline.phases[0].run_task(task)
     pipeline.phases[0].settle(0)

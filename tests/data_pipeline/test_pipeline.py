@@ -13,7 +13,7 @@ from regrowth.data_pipeline.document import Raw
 from regrowth.data_pipeline.phases.base import assigned
 from regrowth.data_pipeline.phases.shard import domain_folder
 from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
-from regrowth.data_pipeline.prepare import planned, prepare
+from regrowth.data_pipeline.prepare import prepare, reopened
 from regrowth.data_pipeline.source_config import ArrowSource, JsonlSource, ParquetSource, TextSource
 from regrowth.data_pipeline.sources.files import JsonlFiles, TextFiles
 from regrowth.data_pipeline.sources.tables import ArrowFiles, ParquetFiles
@@ -58,7 +58,7 @@ def test_a_reopening_that_was_killed_half_way_is_finished_by_the_next_run(tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", dies)
         with pytest.raises(KeyboardInterrupt):
-            planned(config)
+            reopened(Pipeline.plan_of(config))
     assert prepare(config).manifest["splits"] == before
 
 
@@ -93,8 +93,8 @@ def test_a_document_is_dropped_once_whatever_the_order_of_the_dedups(tmp_path: P
 
 def test_settings_of_who_does_the_work_reach_the_workers(tmp_path: Path) -> None:
     write_documents(tmp_path)
-    first = Pipeline.create(DataConfig.model_validate(values_of(tmp_path)))
-    again = Pipeline.create(DataConfig.model_validate(values_of(tmp_path, executor={"max_failed": 5}, workers=9)))
+    first = Pipeline.plan_of(DataConfig.model_validate(values_of(tmp_path))).begin()
+    again = Pipeline.plan_of(DataConfig.model_validate(values_of(tmp_path, executor={"max_failed": 5}, workers=9))).begin()
     assert first.root == again.root
     assert Pipeline.open(again.root).config.executor.max_failed == 5 and Pipeline.open(again.root).config.workers == 9
 
@@ -109,7 +109,7 @@ def test_a_killed_plan_leaves_the_folder_usable_and_foreign_folders_are_refused(
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not empty and holds no plan"):
-        Pipeline.create(DataConfig.model_validate(values_of(tmp_path, folder=str(tmp_path / "other"))))
+        Pipeline.plan_of(DataConfig.model_validate(values_of(tmp_path, folder=str(tmp_path / "other")))).begin()
 
 
 def test_changed_models_and_evaluation_sets_make_another_corpus(tmp_path: Path) -> None:

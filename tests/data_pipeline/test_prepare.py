@@ -14,7 +14,8 @@ import pytest
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.phases.shard import domain_folder
-from regrowth.data_pipeline.prepare import corpus_folder, prepare
+from regrowth.data_pipeline.pipeline import corpus_folder
+from regrowth.data_pipeline.prepare import prepare
 from regrowth.errors import UserError
 from tests.conftest import prose, small_data_values, write_jsonl
 

@@ -23,6 +23,7 @@ def write(folder: Path, vocabulary: int = 1000, documents: int = 50, block: int 
             pa.array(some, schema.field("tokens").type),
             pa.array([f"id{begin + i}" for i in range(count)]),
             pa.array(["d"] * count),
+            pa.array([1] * count, pa.int8()),
             pa.array([["source", "normalise@1"]] * count),
             pa.nulls(count, schema.field("scores").type),
             pa.array([1.0] * count, pa.float32()),

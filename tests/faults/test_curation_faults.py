@@ -123,7 +123,7 @@ def test_failed_inputs_are_left_out_by_name_when_that_is_allowed(tmp_path: Path)
     documents(tmp_path / "in", 5)
     values = {**small_data_values(tmp_path / "in", tmp_path / "out"), "executor": {"max_failed": 1}, "item_megabytes": 0.01}
     config = DataConfig.model_validate(values)
-    pipeline = Pipeline.create(config)
+    pipeline = Pipeline.plan_of(config).begin()
     victim = pipeline.items[3][1].paths[0]
     from regrowth.data_pipeline.phases.curate import CuratePhase
     from regrowth.errors import RunFailed
