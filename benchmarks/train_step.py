@@ -25,8 +25,9 @@ from torch.nn import functional
 from regrowth.data_pipeline.config import DataConfig, LoaderConfig, StaticMixing
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.prepare import prepare
+from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.config import RunConfig
-from regrowth.pretrain.loss import LanguageModelLoss, to_tensors
+from regrowth.pretrain.loss import to_tensors, training_report
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.session import Session, prepare_process
 
@@ -51,14 +52,14 @@ def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], 
     }
     config = RunConfig.model_validate({**values, "run": {"threads": threads}})
     prepare_process(config, 1)
-    session = Session(config, corpus, None, torch.device("cpu"), None)
-    loss, step = LanguageModelLoss(), iter(range(1 << 30))
+    session = Session(config, corpus, Mesh(config.parallel, torch.device("cpu")), None)
+    step = iter(range(1 << 30))
 
     def run() -> None:
         number = next(step)
         micro_batch = to_tensors(session.loader.build(session.loader.plan_step(number)), torch.device("cpu"))
         tokens = float(micro_batch["loss_weight"].sum())
-        session.engine.forward_backward([micro_batch], loss, 1.0 / tokens)
+        session.engine.forward_backward([micro_batch], training_report, 1.0 / tokens)
         session.engine.step(1e-3, 1.0)
         session.loader.mixer.observe(number, {})
 

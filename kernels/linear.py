@@ -4,13 +4,26 @@ The input gradient and the weight gradient live in separate autograd nodes that 
 that asks for one of them first (zero bubble) neither computes nor rounds anything twice.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from regrowth.kernels.quantize import AmaxGroups
 from regrowth.kernels.recipe import LinearPrecision
+
+_WHOLE = AmaxGroups()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a linear is split over ranks, as far as scales are concerned: which ranks cut the dim that each of the three GEMMs contracts."""
+
+    forward: AmaxGroups = _WHOLE
+    dgrad: AmaxGroups = _WHOLE
+    wgrad: AmaxGroups = _WHOLE
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -20,33 +33,35 @@ class LowPrecisionLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.kind = kind  # which entry of a recipe it follows
         self.precision = LinearPrecision()
+        self.cut = Cut()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.precision.is_high:
             return functional.linear(input, self.weight)
-        return low_precision_linear(input, self.weight, self.precision)
+        return low_precision_linear(input, self.weight, self.precision, self.cut)
 
 
-def low_precision_linear(x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision) -> torch.Tensor:
+def low_precision_linear(x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut | None = None) -> torch.Tensor:
     """x [..., in] times weight [out, in] under a recipe's entry; differentiable in both."""
-    product = _InputGemm.apply(x, weight.detach(), precision)
-    weight_path = _WeightGemm.apply(weight, x.detach(), precision)
+    cut = cut or Cut()
+    product = _InputGemm.apply(x, weight.detach(), precision, cut)
+    weight_path = _WeightGemm.apply(weight, x.detach(), precision, cut.wgrad)
     return _Join.apply(product, weight_path)
 
 
-def input_gradient(grad: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision) -> torch.Tensor:
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups | None = None) -> torch.Tensor:
     """dx [..., in] = dy w in dy's dtype; the contracted dim is out, so both operands are grouped along it."""
-    a = precision.dgrad.a.emulate(grad)
-    b = precision.dgrad.b.emulate(weight.t().contiguous()) if precision.dgrad.b.format else weight.t()
+    a = precision.dgrad.a.emulate(grad, cut)
+    b = precision.dgrad.b.emulate(weight.t().contiguous(), cut) if precision.dgrad.b.format else weight.t()
     return a.to(grad.dtype) @ b.to(grad.dtype).t()
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, precision: LinearPrecision) -> torch.Tensor:
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups | None = None) -> torch.Tensor:
     """dw [out, in] = dy^T x in dy's dtype; the contracted dim is the tokens, so both operands are grouped along them."""
     a, b = _flat(grad).t(), _flat(x).t()
-    a = precision.wgrad.a.emulate(a.contiguous()) if precision.wgrad.a.format else a
-    b = precision.wgrad.b.emulate(b.contiguous()) if precision.wgrad.b.format else b
+    a = precision.wgrad.a.emulate(a.contiguous(), cut) if precision.wgrad.a.format else a
+    b = precision.wgrad.b.emulate(b.contiguous(), cut) if precision.wgrad.b.format else b
     return a.to(grad.dtype) @ b.to(grad.dtype).t()
 
 
@@ -58,31 +73,31 @@ class _InputGemm(torch.autograd.Function):
     """The forward product; its backward is the input gradient alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.precision = precision
+        ctx.precision, ctx.cut = precision, cut.dgrad
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return precision.forward.a.emulate(x).to(dtype) @ precision.forward.b.emulate(weight).to(dtype).t()
+        return precision.forward.a.emulate(x, cut.forward).to(dtype) @ precision.forward.b.emulate(weight, cut.forward).to(dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return input_gradient(grads[0], weight, ctx.precision), None, None  # autograd casts to x's dtype
+        return input_gradient(grads[0], weight, ctx.precision, ctx.cut), None, None, None  # autograd casts to x's dtype
 
 
 class _WeightGemm(torch.autograd.Function):
     """No product forward, only a place for the gradient to arrive; its backward is the weight gradient alone."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, precision: LinearPrecision) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.precision = precision
+        ctx.precision, ctx.cut = precision, cut
         return weight.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        return weight_gradient(grads[0], x, ctx.precision), None, None
+        return weight_gradient(grads[0], x, ctx.precision, ctx.cut), None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -100,5 +115,6 @@ class _Join(torch.autograd.Function):
 def set_precision(model: nn.Module, attention: LinearPrecision, ffn: LinearPrecision) -> None:
     """Tell every low-precision linear of a model what to compute in from now on."""
     for module in model.modules():
-        if isinstance(module, LowPrecisionLinear):
-            module.precision = ffn if module.kind == "ffn" else attention
+        if isinstance(getattr(module, "precision", None), LinearPrecision):  # linears, and stacked experts
+            linear: Any = module
+            linear.precision = ffn if linear.kind == "ffn" else attention

@@ -12,14 +12,14 @@ from rich.table import Table
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.errors import UserError, need
+from regrowth.pretrain.build import build_model
 from regrowth.pretrain.checkpoint import load_plain, newest_whole, verify
 from regrowth.pretrain.convert import export_hf
-from regrowth.pretrain.evaluate import BitsPerByteLoss, heldout, to_tensors
+from regrowth.pretrain.evaluate import BytesReport, heldout, to_tensors
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
 from regrowth.pretrain.lineage import read_lineage
 from regrowth.pretrain.model import Transformer
 from regrowth.pretrain.run_folder import RunFolder
-from regrowth.pretrain.session import build_model
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -116,13 +116,15 @@ def evaluate(path: Path, sequences: int | None, tasks: list[str], task_path: Pat
     checkpoint = find_checkpoint(path)
     corpus, config = corpus_of_checkpoint(checkpoint), run_of(checkpoint).config()
     model = load_model(checkpoint)
-    loss = BitsPerByteLoss(torch.from_numpy(corpus.tokenizer.bytes_per_token))
+    report = BytesReport(torch.from_numpy(corpus.tokenizer.bytes_per_token))
     batch = heldout(corpus, config.loader.sequence_length, sequences)
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64)
     with torch.no_grad():
         for first in track(range(0, len(batch), 8), description="evaluating", console=Console(stderr=True)):
             part = batch.slice(first, min(first + 8, len(batch)))
-            sums.index_add_(0, torch.from_numpy(part.domain).long(), loss(model, to_tensors(part, torch.device("cpu")))[1])
+            read = to_tensors(part, torch.device("cpu"))
+            _, nll = model(read["tokens"], read["positions"], read["doc_ids"], read["labels"], read["loss_weight"])
+            sums.index_add_(0, torch.from_numpy(part.domain).long(), report(nll, read))
     table = Table("domain", "bits per byte", "nats per token", "held-out bytes", title=str(checkpoint))
     for name, (nats, bytes_, tokens) in zip([*corpus.domains, "all"], [*sums.tolist(), sums.sum(0).tolist()], strict=True):
         if bytes_:

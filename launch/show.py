@@ -45,6 +45,7 @@ def show_plan(name: str, overrides: list[str], cluster: str) -> None:
 
 
 def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
+    from regrowth.parallel.plan import AXES
     from regrowth.parallel.planner import clusters, load_cluster, predict
     from regrowth.pretrain.growth.grow import build_operator
 
@@ -53,7 +54,8 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
         raise UserError(f"--cluster {cluster}: neither a file nor a described machine; {nearest(cluster, known)}")
     machine = load_cluster(known.get(cluster, Path(cluster)))
     plan, model = config.parallel, config.model
-    console.print(f"{plan.world_size} ranks: dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}, micro-batch {plan.micro_batch} x "
+    axes = " x ".join(f"{axis} {getattr(plan, axis)}" for axis in AXES if getattr(plan, axis) > 1) or "one process"
+    console.print(f"{plan.world_size} ranks: {axes}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "
                   f"{config.loader.sequence_length} tokens, recompute {plan.recompute}; on {machine.name} ({machine.device})", soft_wrap=True)  # fmt: skip
     shapes = [(0, model), *_grown(config, build_operator)]
     table = Table("", *(f"step {start}: {shape.layers} layers" for start, shape in shapes))

@@ -1,7 +1,12 @@
 """Small questions to tensors that may or may not be sharded."""
 
+import logging
+
 import torch
 from torch.distributed.tensor import DTensor
+
+# It warns that a dim cut twice is gathered in two steps; that is what its layout means.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,21 @@
-"""Process groups: one start and one stop, and a mesh with every axis named, also those of size 1."""
+"""Process groups: one start and one stop, and a mesh of ranks with every axis named, also those of size 1.
+
+Groups over several axes at once (data ranks, FSDP's shards, the whole model) are made here once, by the same calls in the same order on every
+rank; `DeviceMesh`es for FSDP2 and for checkpoints are put together from them.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from regrowth.errors import UserError
-from regrowth.parallel.plan import ParallelPlan
-
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # slowest to fastest: tp's ranks are neighbours
+from regrowth.parallel.plan import AXES, ParallelPlan
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,8 +56,114 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
         dist.destroy_process_group()
 
 
-def build_mesh(plan: ParallelPlan, device: torch.device) -> DeviceMesh | None:
-    """The mesh of a plan over all ranks; None for a single process."""
-    if plan.world_size == 1:
-        return None
-    return init_device_mesh(device.type, tuple(getattr(plan, axis) for axis in AXES), mesh_dim_names=AXES)
+class Mesh:
+    """The ranks of a plan as a grid (pp, dp_replicate, dp_shard, cp, tp), and this rank's place in it.
+
+    Experts have a grid of their own over the same ranks: dp_shard x cp is `efsdp` (shards of an expert) x `ep` (experts).
+    """
+
+    # Groups that the engines use, by name: the axes that vary within one.
+    GROUPS: dict[str, tuple[str, ...]] = {
+        "pp": ("pp",),
+        "dp_replicate": ("dp_replicate",),
+        "fsdp": ("dp_shard", "cp"),
+        "data": ("dp_replicate", "dp_shard"),
+        "tokens": ("dp_replicate", "dp_shard", "cp"),
+        "cp": ("cp",),
+        "tp": ("tp",),
+        "sequence": ("cp", "tp"),  # those that share a micro-batch
+        "replica": ("pp", "dp_shard", "cp", "tp"),  # one whole model
+    }
+
+    def __init__(self, plan: ParallelPlan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.rank = dist.get_rank() if plan.world_size > 1 else 0
+        grid = np.arange(plan.world_size).reshape([getattr(plan, axis) for axis in AXES])
+        self.grid = grid
+        self.place: dict[str, int] = {axis: int(i) for axis, i in zip(AXES, np.argwhere(grid == self.rank)[0], strict=True)}
+        pp, replicate, tp = plan.pp, plan.dp_replicate, plan.tp
+        experts = grid.reshape(pp, replicate, plan.shards_weights // plan.ep, plan.ep, tp)
+        self._groups: dict[str, dist.ProcessGroup | None] = {}
+        self._sizes: dict[str, int] = {}
+        for name, axes in self.GROUPS.items():
+            self._make(name, grid, [AXES.index(axis) for axis in axes])
+        self._make("efsdp", experts, [2])
+        self._make("ep", experts, [3])
+        # Tied weights live on the first and the last stage.
+        self.tied_group: dist.ProcessGroup | None = None
+        if plan.pp > 1 and self.place["pp"] in (0, pp - 1):
+            column = np.moveaxis(grid, 0, -1).reshape(-1, pp)
+            mine = column[np.argwhere(column == self.rank)[0][0]]
+            self.tied_group = _new_group(mine[[0, -1]])
+        self.expert_place = {name: int(i) for name, i in zip(("efsdp", "ep"), np.argwhere(experts == self.rank)[0][2:4], strict=True)}
+        self._experts = experts
+
+    def _make(self, name: str, grid: np.ndarray, axes: Sequence[int]) -> None:
+        size = int(np.prod([grid.shape[axis] for axis in axes]))
+        self._sizes[name], self._groups[name] = size, None
+        if size == 1:
+            return
+        rows = np.moveaxis(grid, axes, range(-len(axes), 0)).reshape(-1, size)
+        if len(rows) == 1:
+            self._groups[name] = dist.group.WORLD
+            return
+        self._groups[name] = _new_group(rows[np.argwhere(rows == self.rank)[0][0]])
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """The process group of this rank along an axis or a named set of axes; None where it would hold this rank alone."""
+        return self._groups[name]
+
+    def size(self, name: str) -> int:
+        """Ranks in a group."""
+        return self._sizes[name]
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank reads."""
+        return self.place["dp_replicate"] * self.plan.dp_shard + self.place["dp_shard"]
+
+    def fsdp_mesh(self, experts: bool = False) -> DeviceMesh:
+        """What `fully_shard` takes: the shards of this rank's stage and tensor slice, with its replicas as the first dim where there are any."""
+        name, source = ("efsdp", self._experts) if experts else ("fsdp", self.grid)
+        place = [self.place["pp"], slice(None), slice(None), slice(None), self.place["tp"]]
+        if experts:
+            place[3] = self.expert_place["ep"]
+        ranks = torch.from_numpy(source[tuple(place)].reshape(self.plan.dp_replicate, -1))
+        if self.plan.dp_replicate == 1:
+            return self._device_mesh(ranks[0], ("shard",), (name,))
+        return self._device_mesh(ranks, ("replicate", "shard"), ("dp_replicate", name))
+
+    def layout_mesh(self, experts: bool = False) -> tuple[DeviceMesh | None, tuple[str, ...]]:
+        """The mesh that a parameter's shards are described on, and its axes: those of (ep,) tp and FSDP's shards that split anything.
+
+        FSDP's come last, because they cut what the others left of a tensor. None where nothing is split.
+        """
+        replica = self.place["dp_replicate"]
+        if experts:
+            ranks = self._experts[self.place["pp"], replica].transpose(1, 2, 0)
+            names, groups = ("ep", "tp", "shard"), ("ep", "tp", "efsdp")
+        else:
+            ranks = self.grid[self.place["pp"], replica].reshape(-1, self.plan.tp).transpose()
+            names, groups = ("tp", "shard"), ("tp", "fsdp")
+        chosen = [(name, group) for name, group, size in zip(names, groups, ranks.shape, strict=True) if size > 1]
+        if not chosen:
+            return None, ()
+        names, groups = (tuple(column) for column in zip(*chosen, strict=True))
+        return self._device_mesh(torch.from_numpy(ranks.squeeze().copy()), names, groups), names
+
+    def _device_mesh(self, ranks: torch.Tensor, names: tuple[str, ...], groups: tuple[str, ...]) -> DeviceMesh:
+        if "alone" not in self._groups:
+            self._groups["alone"] = _new_group(np.array([self.rank]))
+        handles = [self._groups[name] or self._groups["alone"] for name in groups]
+        assert all(handle is not None for handle in handles)
+        # One group stands for a mesh of one dim, and then `mesh` is derived from it.
+        if len(handles) == 1:
+            return DeviceMesh.from_group(handles[0], self.device.type, mesh_dim_names=names)  # pyright: ignore[reportArgumentType]
+        return DeviceMesh.from_group(handles, self.device.type, mesh=ranks, mesh_dim_names=names)  # pyright: ignore[reportArgumentType]
+
+
+def _new_group(ranks: np.ndarray) -> dist.ProcessGroup:
+    """A group that only its members make: ten thousand ranks need not take part in each other's."""
+    group = dist.new_group([int(rank) for rank in ranks], use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

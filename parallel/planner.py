@@ -1,8 +1,8 @@
 """Predicts peak memory per rank and seconds per step of a plan on a described machine.
 
-Memory: weights, gradients and two moments in fp32 (16 bytes a parameter, divided over `dp_shard`), and activations after Korthikanti et al. 2022
-(arXiv 2205.05198, table 2) without the attention matrix, or block inputs only with recomputation, plus fp32 logits and their gradient.
-Time: matrix FLOPs over the machine's sustained rate, plus what gradients and shards move over the link.
+Memory: weights, gradients and two moments in fp32 (16 bytes a parameter, divided over all ranks that split or shard them), and activations after
+Korthikanti et al. 2022 (arXiv 2205.05198, table 2) without the attention matrix, times the micro-batches that a pipeline's first stage holds.
+Time: matrix FLOPs over the machine's sustained rate with the pipeline's bubble, plus what gradients, shards and activations move over the link.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,9 @@ class ModelSize(Protocol):
     width: int
     layers: int
     ffn_width: int
+
+    @property
+    def kv_width(self) -> int: ...
 
     @property
     def parameters(self) -> int: ...
@@ -88,23 +91,46 @@ def predict(
     Args:
         bytes_per_value: of activations: 4 for fp32, 2 for bf16.
     """
-    states = 16.0 * model.parameters / plan.dp_shard
-    if plan.dp_shard > 1:
-        states += 4.0 * model.parameters / max(model.layers, 1) * 2  # the unit at work and the next one, gathered
-    tokens = plan.micro_batch * sequence_length
-    # Values kept per token and layer: norms, q k v and output of attention, SwiGLU's three; 17 widths in a block of Korthikanti's shape.
-    per_layer = model.width if plan.recompute else 9 * model.width + 4 * model.ffn_width
-    logits = 3.0 * 4 * tokens * model.vocabulary
-    activations = tokens * bytes_per_value * per_layer * model.layers + logits
-    step_tokens = global_batch * sequence_length / plan.data_ranks
-    compute = step_tokens * model.train_flops_per_token(sequence_length) / (cluster.sustained_tflops * 1e12 * cluster.efficiency)
-    if plan.recompute:
-        compute *= 4 / 3
-    link = cluster.link_gbytes_per_second if plan.world_size <= cluster.devices_per_node else cluster.network_gbytes_per_second
+    layers = max(model.layers, 1)
+    slices = plan.tp * plan.pp  # of the weights, before FSDP shards them
+    states = 16.0 * model.parameters / (slices * plan.shards_weights)
+    if plan.shards_weights > 1:
+        gathered = layers / plan.pp if gathered_once(plan) else 2  # all of a stage, or the unit at work and the next
+        states += 4.0 * model.parameters / (layers * plan.tp) * gathered
+    tokens = plan.micro_batch * sequence_length / plan.cp
     micro_steps = max(1, -(-global_batch // (plan.data_ranks * plan.micro_batch)))
+    in_flight = 1 if plan.pp == 1 else micro_steps if plan.schedule in ("gpipe", "looped_bfs") else min(micro_steps, plan.pp)
+    # Values kept per token and layer: norms, q k v and output of attention, SwiGLU's three; 17 widths in a block of Korthikanti's shape.
+    whole_layer = 9 * model.width + 4 * model.ffn_width
+    products = 4 * model.width + 3 * model.ffn_width
+    kept = {"none": whole_layer, "full": model.width, "selective": products}[plan.recompute]
+    kept = (kept + (plan.recompute_every - 1) * whole_layer) / plan.recompute_every
+    outside = 0 if plan.sequence_parallel or plan.tp == 1 else 4 * model.width  # norms and residuals, whole on every rank
+    activations = tokens * bytes_per_value * ((kept - min(outside, kept)) / plan.tp + min(outside, kept)) * layers / plan.pp * in_flight
+    # The head: a chunk of logits, and the gradients of hidden states and of the matrix, which are computed beside the loss.
+    activations += 3 * 2.0**24 + 4.0 * model.width * (tokens + model.vocabulary / plan.tp)
+    compute = global_batch * sequence_length * model.train_flops_per_token(sequence_length) / plan.world_size
+    compute /= cluster.sustained_tflops * 1e12 * cluster.efficiency
+    if plan.recompute == "full":
+        compute *= 1 + 1 / (3 * plan.recompute_every)
+    if plan.pp > 1:
+        compute *= 1 + (plan.pp - 1) / (plan.held_stages * micro_steps)  # the bubble of 1F1B, interleaved over the stages of a rank
+    link = cluster.link_gbytes_per_second if plan.world_size <= cluster.devices_per_node else cluster.network_gbytes_per_second
     moved = 0.0
-    if plan.dp_shard > 1:  # two gathers of the weights per micro-batch, one scatter of the gradients per step
-        moved += 4.0 * model.parameters * (plan.dp_shard - 1) / plan.dp_shard * (2 * micro_steps + 1)
+    if plan.shards_weights > 1:  # two gathers of the weights per micro-batch, one scatter of the gradients per step
+        gathers = 1 if gathered_once(plan) else 2 * micro_steps
+        moved += 4.0 * model.parameters / slices * (plan.shards_weights - 1) / plan.shards_weights * (gathers + 1)
     if plan.dp_replicate > 1:
-        moved += 2 * 4.0 * model.parameters / plan.dp_shard * (plan.dp_replicate - 1) / plan.dp_replicate
+        moved += 2 * 4.0 * model.parameters / (slices * plan.shards_weights) * (plan.dp_replicate - 1) / plan.dp_replicate
+    hidden = tokens * model.width * bytes_per_value * layers / plan.pp * micro_steps
+    # Into and out of two regions a layer, forward and backward; keys and values round the ring, and back with their fp32 gradients.
+    moved += 8 * hidden * (plan.tp - 1) / plan.tp
+    moved += (plan.cp - 1) * 2 * tokens * model.kv_width * layers / plan.pp / plan.tp * micro_steps * (2 * bytes_per_value + 4)
+    if plan.pp > 1:
+        moved += 2 * tokens * model.width * bytes_per_value * micro_steps * plan.held_stages / (plan.tp if plan.sequence_parallel else 1)
     return Prediction(states, activations, compute, moved / (link * 1e9), cluster.memory_gib * 2**30)
+
+
+def gathered_once(plan: ParallelPlan) -> bool:
+    """Whether FSDP gathers a stage's weights once a step and keeps them."""
+    return plan.pp > 1 if plan.reshard_after_forward is None else not plan.reshard_after_forward

@@ -217,20 +217,25 @@ def load_plain(path: Path) -> tuple[CheckpointState, dict[str, torch.Tensor], di
     state = read_state(path)
     shapes = canonical_shapes(state.model)
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-    moments = {f"{name}.{m}": torch.empty(shape) for name, shape in shapes.items() for m in ("exp_avg", "exp_avg_sq")}
+    moments = {f"{name}.{m}": torch.empty(shape) for name, shape in shapes.items() if has_moments(name) for m in ("exp_avg", "exp_avg_sq")}
     load_tensors(path / "model", weights, alone=True)
     load_tensors(path / "optimizer", moments, alone=True)
     return state, weights, moments
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Canonical name -> shape of every parameter of a model, without building its storage."""
-    from regrowth.pretrain.attention import sdpa
+    """Canonical name -> shape of every weight of a model (parameters, and what is kept with them), without building its storage."""
+    from regrowth.pretrain.attention import Sdpa
     from regrowth.pretrain.model import Transformer
 
     with torch.device("meta"):
-        model = Transformer(config, sdpa)
-    return {name: p.shape for name, p in model.named_parameters()}
+        model = Transformer(config, Sdpa())
+    return {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def has_moments(name: str) -> bool:
+    """Whether a weight is trained by the optimizer; a router's balancing bias is not."""
+    return not name.endswith("router.bias")
 
 
 def set_aside(run: Path, newer_than: Path | None) -> None:

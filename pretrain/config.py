@@ -118,6 +118,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _rooms_fit_together(self) -> "RunConfig":
         self.parallel.check_batch(self.loader.global_batch)
+        self.parallel.check_model(self.model, self.loader.sequence_length, self.loader.global_batch)
         self._blocks_divide()
         steps = [event.at_step for event in self.growth]
         if steps != sorted(set(steps)):

@@ -10,7 +10,7 @@ from regrowth.data_pipeline.batch import Batch
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.loader import heldout_batches
 from regrowth.parallel.engine import Engine
-from regrowth.pretrain.loss import BitsPerByteLoss, to_tensors
+from regrowth.pretrain.loss import BytesReport, to_tensors
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,20 @@ def heldout(corpus: Corpus, length: int, per_domain: int | None) -> Batch:
     return Batch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Batch)})
 
 
-def evaluate(engine: Engine, batch: Batch, corpus: Corpus, micro_batch: int, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> dict[str, DomainScore]:  # fmt: skip
+def evaluate(engine: Engine, batch: Batch, corpus: Corpus, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> dict[str, DomainScore]:  # fmt: skip
     """Scores by domain; collective, each data rank takes an equal share of the sequences. Domains without held-out text are left out."""
-    loss = BitsPerByteLoss(torch.from_numpy(corpus.tokenizer.bytes_per_token).to(device))
-    share = -(-len(batch) // engine.data_ranks)
+    report = BytesReport(torch.from_numpy(corpus.tokenizer.bytes_per_token).to(device))
+    rows_at_once = engine.forward_rows
+    share = -(-len(batch) // (engine.data_ranks * rows_at_once)) * rows_at_once
     start = engine.data_rank * share
-    # Shards must run the same number of forward passes on every rank: the share is filled up with sequences that count nothing.
+    # Every rank must run the same number of equal forward passes: the share is filled up with sequences that count nothing.
     rows = np.minimum(np.arange(start, start + share), len(batch) - 1)
     mine = Batch(**{f.name: getattr(batch, f.name)[rows] for f in fields(Batch)})
     mine.loss_weight[np.arange(start, start + share) >= len(batch)] = 0.0
     reports = []
-    for first in range(0, share, micro_batch):
-        part = mine.slice(first, min(first + micro_batch, share))
-        reports.append(engine.forward(to_tensors(part, device), loss))
+    for first in range(0, share, rows_at_once):
+        part = mine.slice(first, first + rows_at_once)
+        reports.append(engine.forward(to_tensors(part, device), report))
         if on_progress:
             on_progress(first + len(part), share)
     sums = engine.gather(torch.cat(reports)).cpu().numpy()[: len(batch)]

@@ -6,11 +6,12 @@ from torch import nn
 from regrowth.pretrain.config import OptimizerConfig
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over two groups (Loshchilov and Hutter 2019)."""
-    decayed = {name: p for name, p in parameters.items() if p.dim() >= 2 and name != "embed.weight"}
+    trained = {name: p for name, p in parameters if p.requires_grad}
+    decayed = {name: p for name, p in trained.items() if p.dim() >= 2 and name != "embed.weight"}
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -6,12 +6,10 @@ Growth ends a session and begins the next, so there is one way to come to a mode
 import ctypes
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from regrowth import __version__
 from regrowth.data_pipeline.corpus import Corpus
@@ -19,15 +17,11 @@ from regrowth.data_pipeline.loader import Loader
 from regrowth.errors import UserError
 from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import PrecisionRecipe
-from regrowth.parallel.engine import NativeEngine
-from regrowth.pretrain.attention import choose_attention
+from regrowth.parallel.mesh import Mesh
+from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint, verify
 from regrowth.pretrain.config import RunConfig
-from regrowth.pretrain.initialise import initialise
 from regrowth.pretrain.lineage import Lineage
-from regrowth.pretrain.model import Transformer
-from regrowth.pretrain.model_config import ModelConfig
-from regrowth.pretrain.optim import build_optimizer
 
 
 class Session:
@@ -37,7 +31,7 @@ class Session:
         UserError: the tokenizer's ids do not fit the model, or the checkpoint does not fit the data.
     """
 
-    def __init__(self, config: RunConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device, checkpoint: Path | None) -> None:
+    def __init__(self, config: RunConfig, corpus: Corpus, mesh: Mesh, checkpoint: Path | None) -> None:
         self.config, self.corpus = config, corpus
         begins = checkpoint is None
         checkpoint = checkpoint or config.run.start_from
@@ -53,33 +47,20 @@ class Session:
                 f"({corpus.tokenizer.path}). Set model.vocabulary to at least {corpus.tokenizer.size}."
             )
         self.loader = Loader(corpus, config.loader, config.mixing)
-        self.engine = self._build_engine(mesh, device)
+        self.engine = build_engine(config, self.model_config, mesh)
         self.recipe = PrecisionRecipe(name="unset")
         if checkpoint and state:
             if not begins:
                 self.loader.load_state_dict(state.loader)
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
-            self.engine.set_optimizer_steps(int(state.trainer["optimizer_steps"]))
-
-    def _build_engine(self, mesh: DeviceMesh | None, device: torch.device) -> NativeEngine:
-        model = build_model(self.model_config, device, self.config.run.attention)
-        model.recompute = self.config.parallel.recompute
-        return NativeEngine(
-            model,
-            model.blocks(),
-            self.config.parallel,
-            mesh,
-            device,
-            fill=partial(initialise, config=self.model_config, seed=self.config.run.seed),
-            optimizer=partial(build_optimizer, config=self.config.optimizer),
-            autocast=torch.bfloat16 if self.config.run.dtype == "bfloat16" else None,
-        )
+            self.engine.loaded(int(state.trainer["optimizer_steps"]))
 
     def use_precision(self, recipe: PrecisionRecipe) -> None:
         """Let the linears follow a recipe from now on."""
         if recipe != self.recipe:
-            set_precision(self.engine.model, recipe.attention, recipe.ffn)
+            for module in self.engine.modules:
+                set_precision(module, recipe.attention, recipe.ffn)
             self.recipe = recipe
 
     def state(self, step: int) -> CheckpointState:
@@ -90,12 +71,6 @@ class Session:
     def save(self, path: Path, step: int) -> str:
         """Write a checkpoint; collective. Returns its id."""
         return save_checkpoint(path, self.engine.weights(), self.engine.moments(), self.state(step))
-
-
-def build_model(config: ModelConfig, device: torch.device, attention: str = "auto") -> Transformer:
-    """A model on the meta device."""
-    with torch.device("meta"):
-        return Transformer(config, choose_attention(attention, device))
 
 
 def prepare_process(config: RunConfig, ranks_here: int) -> None:

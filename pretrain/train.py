@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RunFailed, Stopped, UserError
 from regrowth.files import exclusive
 from regrowth.parallel.agree import barrier, on_first_rank
-from regrowth.parallel.mesh import build_mesh, choose_device, process_group
+from regrowth.parallel.mesh import Mesh, choose_device, process_group
 from regrowth.pretrain.checkpoint import checkpoint_path, newest_whole, prune, set_aside
 from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
-from regrowth.pretrain.loss import LanguageModelLoss, to_tensors
+from regrowth.pretrain.loss import to_tensors, training_report
 from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
+from regrowth.pretrain.moe import balance, router_rows
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.schedule import lr_factor
 from regrowth.pretrain.session import Session, prepare_process
@@ -70,24 +70,22 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
             corpus = Corpus.open(corpus_folder)
-            Trainer(run, config, corpus, build_mesh(config.parallel, device), device, rank, stop).run_to_the_end()
+            Trainer(run, config, corpus, Mesh(config.parallel, device), rank, stop).run_to_the_end()
 
 
 class Trainer:
     """One rank's view of a run."""
 
-    def __init__(self, run: RunFolder, config: RunConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device, rank: int,
-                 stop: StopRequest) -> None:  # fmt: skip
+    def __init__(self, run: RunFolder, config: RunConfig, corpus: Corpus, mesh: Mesh, rank: int, stop: StopRequest) -> None:  # fmt: skip
         self.run, self.config, self.corpus = run, config, corpus
-        self.mesh, self.device, self.rank, self.stop = mesh, device, rank, stop
+        self.mesh, self.device, self.rank, self.stop = mesh, mesh.device, rank, stop
         self.recipe = config.precision.build()
-        self.loss = LanguageModelLoss(config.optimizer.z_loss)
         self.metrics = MetricsWriter(run) if rank == 0 else None
         self.unfinite_steps = 0
         self.told_recipe = ""
         checkpoint = on_first_rank(self._where_to_start)
         self.saved_at = -1
-        self.session = Session(config, corpus, mesh, device, checkpoint)
+        self.session = Session(config, corpus, mesh, checkpoint)
         if checkpoint:
             self.saved_at = self.session.step
         else:
@@ -145,16 +143,20 @@ class Trainer:
         mine = torch.tensor([[float(batch.loss_weight.sum()), float(self.stop.asked)]], dtype=torch.float64, device=self.device)
         tokens, asked = engine.gather(mine).sum(0).tolist()
 
-        reports = engine.forward_backward(micro_batches, self.loss, scale=1.0 / max(tokens, 1.0))
+        reports = engine.forward_backward(micro_batches, training_report, scale=1.0 / max(tokens, 1.0))
         growths = session.lineage.growth_steps
         lr = config.optimizer.lr * lr_factor(config.schedule, step, config.run.steps, growths)
         norm = engine.step(lr, config.optimizer.clip)
+        routed = balance(engine.modules, session.model_config, self.mesh)
         sums = engine.gather(torch.cat(reports)).cpu().numpy()  # [global batch, 2], in the batch's order on every rank
         decision = session.loader.mixer.observe(step, self._domain_losses(ids, sums))
         self._account(ids, int(tokens))
         self._watch_finite(step, norm)
         if self.metrics:
-            self.metrics.step(self._row(step, sums, lr, norm, int(tokens), decision, time.perf_counter() - began), decision)
+            row = self._row(step, sums, lr, norm, int(tokens), decision, time.perf_counter() - began)
+            if routed:
+                row["routers"] = router_rows(routed, session.model_config)
+            self.metrics.step(row, decision)
         if asked:
             self._save(step + 1)
             self._event("stopped", step=step + 1)
@@ -220,7 +222,7 @@ class Trainer:
         operator = build_operator(event.op, factor=event.factor)
         on_first_rank(lambda: _grow_again(source, target, operator))
         del self.session  # free the small model before the large one is built
-        self.session = Session(self.config, self.corpus, self.mesh, self.device, target)
+        self.session = Session(self.config, self.corpus, self.mesh, target)
         after = self.session.model_config
         self._event(
             "growth",
@@ -245,7 +247,7 @@ class Trainer:
     def _evaluate(self, step: int, per_domain: int, final: bool = False, note: str = "") -> None:
         batch = heldout(self.corpus, self.config.loader.sequence_length, per_domain)
         engine = self.session.engine
-        scores = evaluate(engine, batch, self.corpus, self.config.parallel.micro_batch, self.device)
+        scores = evaluate(engine, batch, self.corpus, self.device)
         if self.rank == 0:
             overall = total(scores, self.corpus)
             row = {"step": step, "final": final, "note": note, "bits_per_byte": overall.bits_per_byte, "loss": overall.loss,

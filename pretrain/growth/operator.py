@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from regrowth.pretrain.checkpoint import canonical_shapes
+from regrowth.pretrain.checkpoint import canonical_shapes, has_moments
 from regrowth.pretrain.model_config import ModelConfig
 
 
@@ -71,6 +71,6 @@ def grow_state(
         source = str(operator.source(TensorName.parse(name), config).name)
         assert weights[source].shape == shape, f"{name} {tuple(shape)} from {source} {tuple(weights[source].shape)}"
         new_weights[name] = weights[source].clone()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq") if has_moments(name) else ():
             new_moments[f"{name}.{moment}"] = moments[f"{source}.{moment}"].clone()
     return grown, new_weights, new_moments

@@ -1,10 +1,14 @@
 """Quantisers: the scale of every group is what its definition says, and the largest value survives."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from regrowth.kernels.formats import FORMATS, round_to
-from regrowth.kernels.quantize import Quantizer
+from regrowth.kernels.quantize import AmaxGroups, Quantizer
+from regrowth.parallel.ranks import RankPool
 
 
 def slow(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
@@ -42,13 +46,21 @@ def test_zeros_stay_zeros_and_nothing_becomes_nan() -> None:
         assert torch.isfinite(got).all() and (got[0] == 0).all()
 
 
-def test_a_shared_amax_makes_a_split_tensor_round_as_the_whole() -> None:
+def round_a_slice(granularity: str, shared: bool) -> torch.Tensor:
+    """This rank's columns of one tensor, rounded."""
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    quantizer = Quantizer("e4m3", "tensor")
-    whole = quantizer.emulate(x)
-    parts = [quantizer.emulate(part, amax=x.abs().max()) for part in x.chunk(2, dim=1)]
-    assert torch.equal(torch.cat(parts, dim=1), whole)
-    assert not torch.equal(torch.cat([quantizer.emulate(part) for part in x.chunk(2, dim=1)], dim=1), whole)
+    group = dist.group.WORLD
+    groups = AmaxGroups(row=group, tensor=group) if shared else None
+    return Quantizer("e4m3", granularity, 16).emulate(x.chunk(dist.get_world_size(), dim=1)[dist.get_rank()], groups)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "block"])
+def test_a_shared_amax_makes_a_split_tensor_round_as_the_whole(granularity: str, ranks: Callable[[int], RankPool]) -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    whole = Quantizer("e4m3", granularity, 16).emulate(x)  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(ranks(2).run(round_a_slice, granularity, True), dim=1), whole)
+    apart = torch.cat(ranks(2).run(round_a_slice, granularity, False), dim=1)
+    assert torch.equal(apart, whole) == (granularity == "block"), "a block never straddles a cut"
 
 
 def test_a_block_that_does_not_divide_is_refused() -> None:

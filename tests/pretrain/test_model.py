@@ -2,17 +2,22 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.parallel.dtensor import full_tensor
-from regrowth.pretrain.attention import choose_attention, flex, sdpa
+from regrowth.parallel.mesh import Mesh
+from regrowth.parallel.plan import ParallelPlan
+from regrowth.pretrain.attention import Flex, Sdpa, choose_attention
+from regrowth.pretrain.build import build_engine
+from regrowth.pretrain.config import RunSettings
+from regrowth.pretrain.conformance import Setting
 from regrowth.pretrain.convert import write_hf
 from regrowth.pretrain.initialise import initialise, weight_std
-from regrowth.pretrain.loss import LanguageModelLoss
+from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.model import Transformer
 from regrowth.pretrain.model_config import ModelConfig
 from tests.pretrain.helpers import Ranks
@@ -32,11 +37,11 @@ SHAPES = {
 }
 
 
-def build(config: ModelConfig, seed: int = 0, attend=sdpa) -> Transformer:  # type: ignore[no-untyped-def]
+def build(config: ModelConfig, seed: int = 0, attend: Any = None) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(config, attend)
+        model = Transformer(config, attend or Sdpa())
     model.to_empty(device="cpu")
-    initialise(model, config, seed)
+    initialise(weights_of(model), config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # gains that are not one, so that a norm left out would show
         for name, p in model.named_parameters():
@@ -45,6 +50,10 @@ def build(config: ModelConfig, seed: int = 0, attend=sdpa) -> Transformer:  # ty
             else:
                 p.mul_(3.0)
     return model.eval()
+
+
+def weights_of(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def inputs(config: ModelConfig, time: int = 24, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,17 +109,19 @@ def test_flex_attention_computes_what_sdpa_computes() -> None:
     documents = torch.where(torch.arange(128) < 70, 0, 1)[None]
     positions = torch.where(torch.arange(128) < 70, torch.arange(128), torch.arange(128) - 70)[None]
     with torch.no_grad():  # on the CPU it has no backward pass
-        got, expected = (build(config, attend=attend)(tokens, positions, documents) for attend in (flex, sdpa))
+        got, expected = (build(config, attend=attend)(tokens, positions, documents) for attend in (Flex(), Sdpa()))
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     with pytest.raises(UserError, match=r'run\.attention = "flex" trains on GPUs only'):
         choose_attention("flex", torch.device("cpu"))
 
 
-def spelled_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+class SpelledOut(Sdpa):
     """Attention as two plain products, which the counter sees."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+    def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        k, v = (x.repeat_interleave(q_BHTd.shape[1] // x.shape[1], dim=1) for x in (k_BHTd, v_BHTd))
+        scores = (q_BHTd @ k.transpose(-1, -2)) * q_BHTd.shape[-1] ** -0.5
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,7 +129,7 @@ def test_parameters_and_flops_are_counted_exactly(shape: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = SHAPES[shape]
-    model = build(config, attend=spelled_out)
+    model = build(config, attend=SpelledOut())
     assert sum(p.numel() for p in model.parameters()) == config.parameters
     head = config.vocabulary * config.width
     assert config.parameters - config.non_embedding_parameters == (head if config.tied else 2 * head)
@@ -139,60 +150,56 @@ def test_flops_agree_with_the_published_formula() -> None:
 def test_initial_weights_have_their_standard_deviation_and_depend_on_name_and_seed() -> None:
     config = ModelConfig(vocabulary=512, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffn_width=512, tied=False)
     with torch.device("meta"):
-        model = Transformer(config, sdpa)
+        model = Transformer(config, Sdpa())
     model.to_empty(device="cpu")
-    initialise(model, config, seed=1)
+    initialise(weights_of(model), config, seed=1)
     first = {n: p.detach().clone() for n, p in model.named_parameters()}
     for name, p in first.items():
         std = weight_std(name, config)
         assert (p == 1).all() if std is None else abs(p.std().item() / std - 1) < 0.03
     assert first["layers.0.attn.wo.weight"].std() < 0.6 * first["layers.0.attn.wq.weight"].std()
     assert not torch.equal(first["layers.0.ffn.w_up.weight"], first["layers.1.ffn.w_up.weight"])
-    initialise(model, config, seed=2)
-    assert not torch.equal(first["embed.weight"], model.embed.weight)
+    initialise(weights_of(model), config, seed=2)
+    assert not torch.equal(first["embed.weight"], dict(model.named_parameters())["embed.weight"])
 
 
-def sharded_weights(values: dict) -> dict[str, torch.Tensor]:
-    """Initial weights of a model sharded over the pool's ranks, gathered."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from regrowth.parallel.data_parallel import shard
-    from regrowth.parallel.plan import ParallelPlan
-
-    config = ModelConfig.model_validate(values)
-    with torch.device("meta"):
-        model = Transformer(config, sdpa)
-    import torch.distributed as dist
-
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp_replicate", "dp_shard"))
-    shard(model, model.blocks(), mesh, ParallelPlan(dp_shard=world))
-    model.to_empty(device="cpu")
-    initialise(model, config, seed=4)
-    return {name: full_tensor(p.detach()) for name, p in model.named_parameters()}
+def sharded_weights(values: dict, plan: ParallelPlan) -> dict[str, torch.Tensor]:
+    """Initial weights of a model under a plan, gathered."""
+    mesh = Mesh(plan, torch.device("cpu"))
+    recipe = Setting(run=RunSettings(seed=4), parallel=plan)
+    engine = build_engine(recipe, ModelConfig.model_validate(values), mesh)
+    return {name: full_tensor(p) for name, p in engine.weights().items()}
 
 
-def test_every_split_starts_from_the_same_bits(ranks: Ranks) -> None:
+@pytest.mark.parametrize("plan", [{"dp_shard": 2}, {"dp_shard": 4}, {"dp_shard": 2, "tp": 2}, {"pp": 2, "tp": 2}], ids=str)
+def test_every_split_starts_from_the_same_bits(plan: dict, ranks: Ranks) -> None:
     config = SHAPES["qk-norm"]  # 97 vocabulary rows do not divide evenly
+    if "tp" in plan:
+        config = config.model_copy(update={"vocabulary": 98})
     with torch.device("meta"):
-        model = Transformer(config, sdpa)
+        model = Transformer(config, Sdpa())
     model.to_empty(device="cpu")
-    initialise(model, config, seed=4)
-    for size in (2, 4):
-        for gathered in ranks(size).run(sharded_weights, config.model_dump()):
-            assert all(torch.equal(gathered[name], p) for name, p in model.named_parameters())
+    initialise(weights_of(model), config, seed=4)
+    expected, seen = weights_of(model), set()
+    parallel = ParallelPlan(**plan, micro_batch=4)
+    for gathered in ranks(parallel.world_size).run(sharded_weights, config.model_dump(), parallel):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in gathered.items())
+        seen |= set(gathered)
+    assert seen == set(expected)
 
 
-def test_z_loss_is_the_squared_log_partition_and_is_not_reported(corpus: Corpus) -> None:
+def test_z_loss_is_the_squared_log_partition_and_is_not_reported() -> None:
     config = SHAPES["plain"]
     model = build(config)
     tokens, positions, documents = inputs(config)
     weight = torch.ones(tokens.shape)
     weight[0, 5:] = 0
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "positions": positions, "doc_ids": documents, "loss_weight": weight}
-    plain, report = LanguageModelLoss()(model, batch)
-    with_z, same_report = LanguageModelLoss(z_loss=0.1)(model, batch)
+    plain, nll = model(tokens, positions, documents, batch["labels"], weight)
+    model.z_loss = 0.1
+    with_z, same = model(tokens, positions, documents, batch["labels"], weight)
     log_z = torch.logsumexp(model(tokens, positions, documents), dim=-1)
-    torch.testing.assert_close(with_z - plain, 0.1 * (log_z**2 * weight).sum())
-    assert torch.equal(report, same_report)
+    torch.testing.assert_close(with_z - plain, 0.1 * (log_z**2 * weight).sum()[None])
+    report = training_report(nll, batch)
+    assert torch.equal(report, training_report(same, batch))
     assert report[0, 1] == 5 and report[:, 0].sum().item() == pytest.approx(plain.item(), rel=1e-6)

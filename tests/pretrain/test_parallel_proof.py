@@ -15,7 +15,7 @@ PLANS = [
     {"dp_replicate": 2},
     {"dp_shard": 2},
     {"dp_shard": 2, "micro_batch": 1},
-    {"dp_shard": 2, "recompute": True},
+    {"dp_shard": 2, "recompute": "full"},
     {"dp_replicate": 2, "dp_shard": 2},
 ]
 

@@ -38,7 +38,7 @@ def test_growth_warms_up_again_from_its_own_step() -> None:
 def test_matrices_decay_and_gains_and_the_embedding_do_not() -> None:
     shapes = {"embed.weight": (4, 2), "layers.0.attn.wq.weight": (2, 2), "layers.0.attn_norm.weight": (2,), "head.weight": (4, 2)}
     named = {n: torch.nn.Parameter(torch.ones(s)) for n, s in shapes.items()}
-    optimizer = build_optimizer(named, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = build_optimizer(list(named.items()), OptimizerConfig(lr=0.1, weight_decay=0.5))
     for p in named.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -58,7 +58,7 @@ def test_matrices_decay_and_gains_and_the_embedding_do_not() -> None:
         ("mixing.policy=omd", r'mixing.policy = "omd": no such policy; did you mean "odm"\?'),
         ("model.kv_heads=4", r"model.heads = 6 is not a multiple of model.kv_heads = 4; choose kv_heads from 1, 2, 3, 6"),
         ("model.vocabulary=1000", r"model.vocabulary = 1000 is smaller than data.tokenizer.vocabulary = 4096"),
-        ("parallel.tp=2", r"parallel.tp = 2: this version splits data only"),
+        ("parallel.tp=4", r"model.heads = 6 is not divisible by parallel.tp = 4"),
         ("loader.global_batch=7", r"global_batch = 7 is not a multiple of unit_sequences = 2"),
         ("parallel.dp_shard=3", r"cannot be shared evenly .* = 3 ranks; the nearest batch that can is 9"),
         ("growth.0.at_step=5000", r"at_step = 5000 is not before the end of the run"),
