@@ -11,7 +11,8 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,26 +13,35 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from regrowth.parallel.collectives import all_gather
 from regrowth.parallel.context_parallel import AllToAllAttention, Core, RingAttention, take_part
 from regrowth.parallel.data_parallel import gradient_sync, replicate, shard
+from regrowth.parallel.dtensor import local_tensor
 from regrowth.parallel.layout import Layouts, ParameterSplit
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.model_parallel import AuxiliaryLosses, ContextParallel, ModelParallel
 from regrowth.parallel.pipeline import Costs, build_schedule, forward_only, layers_of_stages, stages_of_rank
+from regrowth.parallel.plan import ParallelPlan
 from regrowth.parallel.tensor_parallel import TensorParallel
 
 MicroBatch = dict[str, torch.Tensor]
 # (nll [b, t], micro-batch) -> sums over tokens [b, n] of whatever part of the sequences is given
 Report = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
-_INPUTS = ("positions", "doc_ids", "labels", "loss_weight")
+INPUTS = ("positions", "doc_ids", "labels", "loss_weight")  # what a model takes besides tokens, in order
 
 
 class Engine(Protocol):
-    """What the loop talks to."""
+    """What the loop talks to.
 
+    `forward_backward` accumulates d(scale * sum of all ranks' totals); `step` clips, updates, clears and returns the norm before clipping (not
+    finite: no update was made); `gather` concatenates over data ranks; `loaded` is called after weights and moments were written into.
+    """
+
+    @property
+    def plan(self) -> ParallelPlan: ...
+    @property
+    def mesh(self) -> Mesh: ...
     @property
     def data_rank(self) -> int: ...
     @property
@@ -189,7 +198,7 @@ class NativeEngine:
             for number, part in enumerate(parts):
                 with gradient_sync(self.run, enabled=number == len(parts) - 1):
                     with self._precision():
-                        total, nll = self.run(part["tokens"], *(part[name] for name in _INPUTS))
+                        total, nll = self.run(part["tokens"], *(part[name] for name in INPUTS))
                     (total.sum() * self.scale).backward()
                 reports.append(report(nll, part))
         self._finish_gradients()
@@ -201,16 +210,16 @@ class NativeEngine:
         part = take_part(micro_batch, self.mesh.place["cp"], self.plan.cp)
         with self._precision():
             if (group := self.mesh.group("pp")) is None:
-                nll = self.modules[0](part["tokens"], *(part[name] for name in _INPUTS))[1]
+                nll = self.modules[0](part["tokens"], *(part[name] for name in INPUTS))[1]
             else:
-                nll = forward_only(self.plan, self.stages, _rows_of(part, self.plan.micro_batch), self.hidden, _INPUTS, group)
+                nll = forward_only(self.plan, self.stages, _rows_of(part, self.plan.micro_batch), self.hidden, INPUTS, group)
         return self._over_context([self._from_last_stage(nll, part, report)])[0]
 
     def _through_the_pipeline(self, parts: Sequence[MicroBatch], report: Report) -> list[torch.Tensor]:
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         first = (whole["tokens"],) if 0 in self.stages else ()
         with self._precision():
-            out = self.schedule.step(*first, target=whole["labels"], **{f"{name}_BT": whole[name] for name in _INPUTS})
+            out = self.schedule.step(*first, target=whole["labels"], **{f"{name}_BT": whole[name] for name in INPUTS})
         nll = out[1] if out is not None else None
         return list(self._from_last_stage(nll, whole, report).split([len(part["tokens"]) for part in parts]))
 
@@ -350,7 +359,7 @@ def _rows_of(part: MicroBatch, size: int) -> list[MicroBatch]:
 
 def _local(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return local_tensor(tensor)
 
 
 def _sum_together(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from regrowth.parallel.dtensor import local_tensor
 from regrowth.parallel.mesh import Mesh
 
 
@@ -75,7 +76,7 @@ class Layouts:
         """
         layout = self.by_name[name]
         sharded = parameter.placements[-1] if isinstance(parameter, DTensor) else None
-        local = held if held is not None else parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        local = held if held is not None else local_tensor(parameter)
         mesh, axes = self._mesh(layout.over_experts)
         if mesh is None:
             return local

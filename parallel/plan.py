@@ -55,6 +55,7 @@ class ParallelPlan(Settings):
     tp: Size = 1  # ranks that share every matrix
     pp: Size = 1  # ranks that share the layers
     ep: Size = 1  # ranks that share the experts
+    engine: Literal["native", "deepspeed"] = "native"  # what runs it: torch's own parallelism, or DeepSpeed's ZeRO-1 over the data ranks
     micro_batch: Size = 8  # sequences per forward/backward of one data-parallel rank
     sequence_parallel: bool = True  # with tp: activations between the split matrices are shared out along the sequence
     context: Literal["ring", "all_to_all"] = "ring"  # with cp: keys and values go round, or heads are exchanged for positions (Ulysses)
@@ -153,6 +154,10 @@ def _reasons(plan: ParallelPlan, model: ModelDims, length: int, global_batch: in
     def divides(size: int, by: int, what: str, axis: str) -> None:
         checks.append((size % by != 0, f"{what} = {size} is not divisible by {axis} = {by}"))
 
+    if plan.engine == "deepspeed":
+        asked = [f"parallel.{axis} = {getattr(plan, axis)}" for axis in ("cp", "tp", "pp", "ep") if getattr(plan, axis) > 1]
+        asked += [f"parallel.{key} = true" for key in ("offload", "compile") if getattr(plan, key)]
+        checks.append((bool(asked), f'{", ".join(asked)}: parallel.engine = "deepspeed" splits data only'))
     if plan.tp > 1:
         for what, size in {"model.heads": model.heads, "model.kv_heads": model.kv_heads, "model.vocabulary": model.vocabulary,
                            **model.hidden_widths}.items():  # fmt: skip

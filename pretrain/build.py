@@ -5,7 +5,8 @@ from typing import Protocol
 
 import torch
 
-from regrowth.parallel.engine import NativeEngine
+from regrowth.parallel.deepspeed_engine import DeepSpeedEngine
+from regrowth.parallel.engine import Engine, NativeEngine
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.attention import choose_attention
@@ -44,8 +45,8 @@ def build_model(config: ModelConfig, device: torch.device, attention: str = "aut
         return Transformer(config, choose_attention(attention, device))
 
 
-def build_engine(recipe: Recipe, model: ModelConfig, mesh: Mesh) -> NativeEngine:
-    """The native engine over the mesh's plan, its weights initialised.
+def build_engine(recipe: Recipe, model: ModelConfig, mesh: Mesh) -> Engine:
+    """The engine that the plan names, its weights initialised.
 
     Args:
         model: the model's shape now, which growth may have made another than the config's.
@@ -60,14 +61,19 @@ def build_engine(recipe: Recipe, model: ModelConfig, mesh: Mesh) -> NativeEngine
         stage.z_loss = recipe.optimizer.z_loss
         return stage
 
+    fill = partial(initialise, config=model, seed=recipe.run.seed)
+    optimizer = partial(build_optimizer, config=recipe.optimizer)
+    autocast = torch.bfloat16 if recipe.run.dtype == "bfloat16" else None
+    if plan.engine == "deepspeed":
+        return DeepSpeedEngine(build(None, True, True), mesh, fill, optimizer, autocast)
     return NativeEngine(
         build,
         model,
         mesh,
         core,
-        fill=partial(initialise, config=model, seed=recipe.run.seed),
-        optimizer=partial(build_optimizer, config=recipe.optimizer),
+        fill=fill,
+        optimizer=optimizer,
         sequence_length=loader.sequence_length,
         micro_batches=-(-loader.global_batch // (plan.data_ranks * plan.micro_batch)),
-        autocast=torch.bfloat16 if recipe.run.dtype == "bfloat16" else None,
+        autocast=autocast,
     )

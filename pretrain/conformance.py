@@ -17,7 +17,7 @@ from regrowth.data_pipeline.batch import Batch
 from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import RECIPES
 from regrowth.parallel.dtensor import full_tensor
-from regrowth.parallel.engine import MicroBatch, NativeEngine, Report
+from regrowth.parallel.engine import Engine, MicroBatch, NativeEngine, Report
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.build import build_engine
@@ -126,7 +126,7 @@ def train(setting: Setting) -> Outcome:
         batch = made_up_batch(step, model.vocabulary, setting.loader)
         loss = run_step(engine, batch, device)
         if step == 0:
-            outcome.gradients = gathered_gradients(engine)
+            outcome.gradients = gathered_gradients(engine) if isinstance(engine, NativeEngine) else {}
         outcome.norms.append(engine.step(setting.optimizer.lr, clip=1.0))
         loads = balance(engine.modules, model, mesh)
         outcome.loads.append(sum((row[: model.expert_count] for row in loads.values()), torch.zeros(1)).tolist())
@@ -136,7 +136,7 @@ def train(setting: Setting) -> Outcome:
     return outcome
 
 
-def run_forward(engine: NativeEngine, batch: Batch, report: Report, device: torch.device) -> torch.Tensor:
+def run_forward(engine: Engine, batch: Batch, report: Report, device: torch.device) -> torch.Tensor:
     """The reports of all sequences of a batch, without gradients; collective."""
     share = len(batch) // engine.data_ranks
     mine = batch.slice(engine.data_rank * share, (engine.data_rank + 1) * share)
@@ -165,7 +165,7 @@ def document_losses(setting: Setting, changed: int | None) -> torch.Tensor:
     return run_forward(build_engine(setting, model, mesh), batch, by_document, device)
 
 
-def run_step(engine: NativeEngine, batch: Batch, device: torch.device) -> float:
+def run_step(engine: Engine, batch: Batch, device: torch.device) -> float:
     """Forward and backward of this rank's share; the mean loss over all tokens."""
     share = len(batch) // engine.data_ranks
     mine = batch.slice(engine.data_rank * share, (engine.data_rank + 1) * share)

@@ -115,12 +115,12 @@ class Transformer(nn.Module):
         self.config, self.attend, self.first, self.last = config, attend, first, last
         self.recompute, self.recompute_every = "none", 1
         self.z_loss = 0.0
-        self.parallel = ModelParallel()
         needs_embedding = first or (last and config.tied)
         self.embed = nn.Embedding(config.vocabulary, config.width) if needs_embedding else None
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in (range(config.layers) if layers is None else layers)})
         self.norm = RMSNorm(config.width, config.norm_eps) if last else None
         self.head = nn.Linear(config.width, config.vocabulary, bias=False) if last and not config.tied else None
+        self.use(ModelParallel(), attend)
 
     def use(self, parallel: ModelParallel, attend: Attend) -> None:
         """Run on slices from now on."""
