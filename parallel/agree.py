@@ -5,13 +5,17 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from regrowth.errors import RegrowthError, RunFailed
+from regrowth.errors import RegrowthError, RunFailed, UserError
 
 T = TypeVar("T")
 
 
-def on_first_rank(function: Callable[[], T]) -> T:
-    """Call on rank 0 and give every rank its result; if it raises a RegrowthError there, that error is raised everywhere."""
+def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call on rank 0 and give every rank its result; if it raises a RegrowthError there, that error is raised everywhere.
+
+    Args:
+        group: of all ranks, for callers in a thread of their own; None for the default group.
+    """
     if not dist.is_initialized():
         return function()
     outcome: list[Any] = [None, None]
@@ -22,12 +26,29 @@ def on_first_rank(function: Callable[[], T]) -> T:
             outcome = [None, error]
         except Exception as error:
             outcome = [None, RunFailed(f"{type(error).__name__}: {error}")]
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=group)
             raise
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def check_same(values: dict[str, str]) -> None:
+    """All ranks must have come with the same values (hashes of config and data, versions).
+
+    Raises:
+        UserError: on every rank, naming what differs and on which ranks.
+    """
+    if not dist.is_initialized():
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, values)
+    for name, expected in everywhere[0].items():
+        if others := [rank for rank, theirs in enumerate(everywhere) if theirs.get(name) != expected]:
+            told = ", ".join(map(str, others[:8])) + (" and others" if len(others) > 8 else "")
+            raise UserError(f"rank {told}: {name} is {everywhere[others[0]].get(name)!r}, on rank 0 it is {expected!r}. All ranks must run the same "
+                            "code on the same config and data; bring them to one state and start again.")  # fmt: skip
 
 
 def barrier() -> None:

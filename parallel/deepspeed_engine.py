@@ -90,13 +90,14 @@ class DeepSpeedEngine:
         with self._precision():
             return report(self.model(micro_batch["tokens"], *(micro_batch[name] for name in INPUTS))[1], micro_batch)
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float, clip: float, limit: float = float("inf")) -> float:
         """See `NativeEngine`."""
         norm = float(self._zero.scaled_global_norm())
-        if norm < 0 or norm == float("inf"):  # DeepSpeed's sign for a gradient that is not finite
+        norm = float("nan") if norm < 0 else norm  # its sign for a gradient that is not finite
+        if not (norm < float("inf") and norm <= limit):
             self._zero.zero_grad()
             self._engine.zero_grad()
-            return float("nan")
+            return norm
         self._zero.clip_grad = clip
         for group in self._zero.param_groups:
             group["lr"] = lr

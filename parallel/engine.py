@@ -35,7 +35,7 @@ class Engine(Protocol):
     """What the loop talks to.
 
     `forward_backward` accumulates d(scale * sum of all ranks' totals); `step` clips, updates, clears and returns the norm before clipping (not
-    finite: no update was made); `gather` concatenates over data ranks; `loaded` is called after weights and moments were written into.
+    finite or above the limit: no update was made); `gather` concatenates over data ranks; `loaded` is called after weights and moments were written into.
     """
 
     @property
@@ -55,7 +55,7 @@ class Engine(Protocol):
 
     def forward(self, micro_batch: MicroBatch, report: Report) -> torch.Tensor: ...
 
-    def step(self, lr: float, clip: float) -> float: ...
+    def step(self, lr: float, clip: float, limit: float = ...) -> float: ...
 
     def gather(self, values: torch.Tensor) -> torch.Tensor: ...
 
@@ -277,10 +277,13 @@ class NativeEngine:
             dist.all_reduce(squares, group=group)
         return squares.sqrt()
 
-    def step(self, lr: float, clip: float) -> float:
-        """Clip the global gradient norm, update, clear the gradients; returns the norm before clipping (not finite: no update is made)."""
+    def step(self, lr: float, clip: float, limit: float = float("inf")) -> float:
+        """Clip the global gradient norm, update, clear the gradients; returns the norm before clipping.
+
+        No update is made if it is not finite or above `limit`.
+        """
         norm = float(self.gradient_norm())
-        if norm < float("inf"):
+        if norm < float("inf") and norm <= limit:
             with torch.no_grad():
                 for name, p in self.named:
                     held = self.held[name]

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +55,33 @@ def checkpoint_path(run: Path, step: int, grown: bool = False) -> Path:
 
 
 def save_checkpoint(
-    path: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: CheckpointState, alone: bool = False
+    path: Path,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: CheckpointState,
+    alone: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> str:
     """Write a checkpoint atomically; every rank calls it with its shards, or one calls it `alone` with whole tensors. Returns its id.
+
+    Args:
+        group: of all ranks, whose collectives to use; None for the default one.
 
     Raises:
         RunFailed: on every rank, if any of them could not write (disk full, I/O error). Older checkpoints are untouched.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    folder = path.with_name(f".{path.name}.partial")
     alone = alone or not dist.is_initialized()
-    once: Callable[[Callable[[], Any]], Any] = (lambda function: function()) if alone else on_first_rank
-    once(lambda: _fresh_folder(partial, weights, moments))
+    once: Callable[[Callable[[], Any]], Any] = (lambda function: function()) if alone else partial(on_first_rank, group=group)
+    once(lambda: _fresh_folder(folder, weights, moments))
     try:
-        _save_tensors(partial / "model", weights, alone)
-        _save_tensors(partial / "optimizer", moments, alone)
-        return once(lambda: _finish(partial, path, state))
+        _save_tensors(folder / "model", weights, alone, group)
+        _save_tensors(folder / "optimizer", moments, alone, group)
+        return once(lambda: _finish(folder, path, state))
     except Exception as error:
         raise _write_failure(path, error) from error
     finally:
-        once(lambda: shutil.rmtree(partial, ignore_errors=True))
+        once(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
@@ -86,11 +95,13 @@ def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict
         raise RunFailed(f"{disk_full_message(partial.parent)} This checkpoint needs {needed / 2**20:.1f} MiB.")
 
 
-def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool) -> None:
+def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, group: dist.ProcessGroup | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=alone)
+        dcp.save(
+            dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group, no_dist=alone
+        )
 
 
 def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
@@ -185,6 +196,18 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
         except UserError as error:
             refused.append(str(error))
     return None, refused
+
+
+def newest_before(run: Path, step: int) -> Path | None:
+    """The newest whole checkpoint of a step up to and including `step`."""
+    for path in reversed(list_checkpoints(run)):
+        if int(path.name.split("-")[1]) <= step:
+            try:
+                verify(path)
+                return path
+            except UserError:
+                continue
+    return None
 
 
 def read_state(path: Path) -> CheckpointState:

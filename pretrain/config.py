@@ -10,6 +10,7 @@ from regrowth.errors import nearest
 from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.safety import SafetyConfig
 from regrowth.settings import PlainName, Settings, find_recipe, load
 
 Count = Annotated[int, Field(ge=1)]
@@ -27,6 +28,12 @@ class RunSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights and moments are fp32
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     deterministic: bool = False  # refuse operations that are not
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # for which a rank waits for the others in a step
+    collect_every: Annotated[int, Field(ge=0)] = (
+        100  # steps between Python's garbage collections, the same on all ranks; 0: whenever Python likes
+    )
+    profile_from: Annotated[int, Field(ge=0)] | None = None  # the first of `profile_steps` that are profiled
+    profile_steps: Count = 3
     peak_tflops: float | None = None  # of one device in the run's dtype; None: from a table of known GPUs, for MFU
     threads: Count | None = None  # of a rank on the CPU; None: the cores shared out
 
@@ -89,6 +96,7 @@ class CheckpointConfig(Settings):
 
     every: Count = 100
     keep: Count = 2
+    background: bool = True  # train on while a copy of the state is written
 
 
 class EvaluationConfig(Settings):
@@ -112,6 +120,7 @@ class RunConfig(Settings):
     precision: PrecisionConfig = PrecisionConfig()
     growth: list[GrowthEvent] = []
     parallel: ParallelPlan = ParallelPlan()
+    safety: SafetyConfig = SafetyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -19,7 +19,7 @@ from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.build import build_engine
-from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint, verify
+from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, verify
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.lineage import Lineage
 
@@ -38,6 +38,7 @@ class Session:
         state = read_state(checkpoint) if checkpoint else None
         self.model_config = state.model if state else config.model
         self.lineage = state.lineage if state else Lineage(corpus=corpus.folder.name, version=__version__)
+        self.trainer_state = state.trainer if state and not begins else {}
         self.step = int(state.trainer["step"]) if state and not begins else 0
         if begins and checkpoint:
             self.lineage = self.lineage.continued(verify(checkpoint)["id"])
@@ -63,14 +64,10 @@ class Session:
                 set_precision(module, recipe.attention, recipe.ffn)
             self.recipe = recipe
 
-    def state(self, step: int) -> CheckpointState:
+    def state(self, step: int, guard: dict[str, Any] | None = None) -> CheckpointState:
         """What a checkpoint of this moment says besides its tensors."""
-        trainer: dict[str, Any] = {"step": step, "optimizer_steps": self.engine.optimizer_steps}
+        trainer: dict[str, Any] = {"step": step, "optimizer_steps": self.engine.optimizer_steps, "guard": guard or {}}
         return CheckpointState(self.model_config, self.lineage, self.loader.state_dict(), trainer)
-
-    def save(self, path: Path, step: int) -> str:
-        """Write a checkpoint; collective. Returns its id."""
-        return save_checkpoint(path, self.engine.weights(), self.engine.moments(), self.state(step))
 
 
 def prepare_process(config: RunConfig, ranks_here: int) -> None:

@@ -5,6 +5,10 @@ is weighted by token over the whole global batch, never a mean of means. Whateve
 leaves its newest whole checkpoint; `train` on the same folder goes on from there.
 """
 
+import gc
+import hashlib
+import math
+import platform
 import signal
 import time
 from contextlib import ExitStack
@@ -15,20 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from regrowth import __version__
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RunFailed, Stopped, UserError
-from regrowth.files import exclusive
-from regrowth.parallel.agree import barrier, on_first_rank
+from regrowth.files import exclusive, sha256_of
+from regrowth.parallel.agree import barrier, check_same, on_first_rank
+from regrowth.parallel.heartbeat import Heartbeat, explain
 from regrowth.parallel.mesh import Mesh, choose_device, process_group
-from regrowth.pretrain.checkpoint import checkpoint_path, newest_whole, prune, set_aside
+from regrowth.pretrain.background import BackgroundSaver, Saved
+from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, prune, set_aside
 from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
 from regrowth.pretrain.loss import to_tensors, training_report
 from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
 from regrowth.pretrain.moe import balance, router_rows
+from regrowth.pretrain.profile import Profile
 from regrowth.pretrain.run_folder import RunFolder
+from regrowth.pretrain.safety import StepGuard
 from regrowth.pretrain.schedule import lr_factor
 from regrowth.pretrain.session import Session, prepare_process
 
@@ -61,16 +70,34 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
     prepare_process(config, ranks_here)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)
-    with process_group(device) as (rank, world_size):
+    with process_group(device, config.run.timeout_seconds) as (rank, world_size):
         try:
             config.parallel.check_world(world_size)
         except ValueError as error:
             raise UserError(f"{folder}/config.toml: {error}.") from error
+        check_same(identity(config, corpus_folder))
         with ExitStack() as held:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
             corpus = Corpus.open(corpus_folder)
-            Trainer(run, config, corpus, Mesh(config.parallel, device), rank, stop).run_to_the_end()
+            try:
+                Trainer(run, config, corpus, Mesh(config.parallel, device), rank, stop).run_to_the_end()
+            except RuntimeError as error:
+                if letter := explain(folder / "logs", error, rank):
+                    raise RunFailed(f"{folder}: {letter}") from error
+                raise
+
+
+def identity(config: RunConfig, corpus: Path) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    told = config.model_dump_json(exclude={"run": {"threads"}})
+    return {
+        "the version of regrowth": __version__,
+        "the version of torch": torch.__version__,
+        "the version of Python": platform.python_version(),
+        "the hash of the config": hashlib.sha256(told.encode()).hexdigest()[:16],
+        "the hash of the corpus": sha256_of(corpus / "corpus.json")[:16],
+    }
 
 
 class Trainer:
@@ -81,35 +108,49 @@ class Trainer:
         self.mesh, self.device, self.rank, self.stop = mesh, mesh.device, rank, stop
         self.recipe = config.precision.build()
         self.metrics = MetricsWriter(run) if rank == 0 else None
-        self.unfinite_steps = 0
+        self.guard = StepGuard(config.safety)
+        self.heart = Heartbeat(run.path / "logs", rank)
+        self.saver = BackgroundSaver(config.parallel.world_size)
         self.told_recipe = ""
         checkpoint = on_first_rank(self._where_to_start)
         self.saved_at = -1
         self.session = Session(config, corpus, mesh, checkpoint)
         if checkpoint:
             self.saved_at = self.session.step
+            self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
         else:
             self._event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
 
     def run_to_the_end(self) -> None:
         """Steps, and between them growths, evaluations and checkpoints."""
         steps, done = self.config.run.steps, self.session.step
+        every = self.config.run.collect_every
+        if every:
+            gc.disable()  # a collection on one rank makes all the others wait; all of them collect at the same steps
         try:
-            for step in range(done, steps):
-                if event := self._growth_due(step):
-                    self._grow(event)
-                self._step(step)
-                done = step + 1
-                if done % self.config.evaluation.every == 0 and done < steps:
-                    self._evaluate(done, self.config.evaluation.sequences_per_domain)
-                if done % self.config.checkpoint.every == 0 or done == steps:
-                    self._save(done)
+            with Profile(self.config.run, self.run.path, self.rank, self.device) as profile:
+                while done < steps:
+                    if event := self._growth_due(done):
+                        self._grow(event)
+                    self._step(done)
+                    done += 1
+                    profile.step(done)
+                    if self.guard.spoilt:
+                        done = self._rewind(done)
+                        continue
+                    if done % self.config.evaluation.every == 0 and done < steps:
+                        self._evaluate(done, self.config.evaluation.sequences_per_domain)
+                    if done % self.config.checkpoint.every == 0 or done == steps:
+                        self._save(done, wait=done == steps)
+                    if every and done % every == 0:
+                        gc.collect()
             if not self.run.finished:
-                self._save(done)
+                self._save(done, wait=True)
                 self._evaluate(done, self.config.evaluation.final_sequences_per_domain, final=True)
                 barrier()
                 self._event("finished", step=done)
         finally:
+            gc.enable()
             if self.metrics:
                 self.metrics.close()
 
@@ -135,30 +176,34 @@ class Trainer:
 
         ids = session.loader.plan_step(step)
         share = len(ids) // engine.data_ranks
+        self.heart.beat(step, "data")
         batch = session.loader.build(ids[engine.data_rank * share : (engine.data_rank + 1) * share])
         size = config.parallel.micro_batch
         micro_batches = [to_tensors(batch.slice(i, min(i + size, share)), self.device) for i in range(0, share, size)]
 
-        # One small exchange before the step: how many tokens the global batch trains on, and whether any rank was asked to stop.
-        mine = torch.tensor([[float(batch.loss_weight.sum()), float(self.stop.asked)]], dtype=torch.float64, device=self.device)
-        tokens, asked = engine.gather(mine).sum(0).tolist()
-
+        tokens, asked = self._exchange(float(batch.loss_weight.sum()))
+        self.heart.beat(step, "forward and backward")
         reports = engine.forward_backward(micro_batches, training_report, scale=1.0 / max(tokens, 1.0))
         growths = session.lineage.growth_steps
         lr = config.optimizer.lr * lr_factor(config.schedule, step, config.run.steps, growths)
-        norm = engine.step(lr, config.optimizer.clip)
-        routed = balance(engine.modules, session.model_config, self.mesh)
         sums = engine.gather(torch.cat(reports)).cpu().numpy()  # [global batch, 2], in the batch's order on every rank
+        loss = float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1.0))
+        self.heart.beat(step, "update")
+        limit = (
+            self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
+        )  # an outlier of a loss makes no update, whatever its gradient
+        norm = engine.step(lr, config.optimizer.clip, limit)
+        routed = balance(engine.modules, session.model_config, self.mesh)
         decision = session.loader.mixer.observe(step, self._domain_losses(ids, sums))
         self._account(ids, int(tokens))
-        self._watch_finite(step, norm)
+        self._guard(step, loss, norm, updated=norm < math.inf and norm <= limit)
         if self.metrics:
             row = self._row(step, sums, lr, norm, int(tokens), decision, time.perf_counter() - began)
             if routed:
                 row["routers"] = router_rows(routed, session.model_config)
             self.metrics.step(row, decision)
         if asked:
-            self._save(step + 1)
+            self._save(step + 1, wait=True)
             self._event("stopped", step=step + 1)
             raise Stopped(
                 f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}"
@@ -202,13 +247,68 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
-    def _watch_finite(self, step: int, norm: float) -> None:
-        self.unfinite_steps = 0 if np.isfinite(norm) else self.unfinite_steps + 1
-        if self.unfinite_steps:
-            self._event("skipped step", step=step, reason=f"gradient norm is {norm}; no update was made")
-        if self.unfinite_steps >= 10:
-            raise RunFailed(f"{self.run.path}: the gradient was not finite for 10 steps in a row (last: step {step}). Lower optimizer.lr "
+    def _exchange(self, tokens: float) -> tuple[float, float]:
+        """One small exchange before a step: how many tokens the global batch trains on, and whether any rank was asked to stop.
+
+        Raises:
+            RunFailed: on all ranks, if the checkpoint on its way could not be written by one of them.
+        """
+        if (saved := self.saver.finished()) is not None:
+            self._note_saved(saved)
+        plan = self.config.parallel
+        copies = plan.world_size // plan.data_ranks  # ranks that read the same sequences
+        mine = torch.tensor([tokens / copies, float(self.stop.asked), float(self.saver.failed)], dtype=torch.float64, device=self.device)
+        if plan.world_size > 1:
+            torch.distributed.all_reduce(mine)
+        tokens, asked, failed = mine.tolist()
+        if failed:
+            self.saver.wait()  # raises where it failed
+            raise RunFailed(f"{self.run.path}: a checkpoint could not be written on another rank. Older checkpoints are intact.")
+        return tokens, asked
+
+    def _guard(self, step: int, loss: float, norm: float, updated: bool) -> None:
+        guard, limits = self.guard, (self.guard.loss_limit, self.guard.norm_limit)
+        guard.observe(loss, norm, updated)
+        if updated:
+            return
+        finite = math.isfinite(norm)
+        reason = (
+            "not finite" if not finite else f"loss above {limits[0]:.4g}" if loss > limits[0] else f"gradient norm above {limits[1]:.4g}"
+        )
+        self._event("skipped step", step=step, reason=f"{reason}; no update was made", loss=loss, norm=str(norm), in_a_row=guard.in_a_row)
+        if guard.in_a_row >= self.config.safety.give_up_after:
+            what = "the gradient was not finite" if not finite else "loss or gradient norm was an outlier"
+            raise RunFailed(f"{self.run.path}: {what} for {guard.in_a_row} steps in a row (last: step {step}). Lower optimizer.lr "
                             "or use a wider precision.recipe, and resume; the checkpoints before are intact.")  # fmt: skip
+
+    def _rewind(self, step: int) -> int:
+        """Return to the newest checkpoint from before the outliers began, with the loader where it is now: the data in between is not read again."""
+        first = step - self.guard.in_a_row
+        self._settle()
+        checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
+        on_first_rank(lambda: set_aside(self.run.path, newer_than=checkpoint) if checkpoint else None)
+        if checkpoint is None:
+            self.guard.rewinds = self.config.safety.rewind_limit
+            self._event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
+            return step
+        rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors
+        del self.session
+        self.session = Session(self.config, self.corpus, self.mesh, checkpoint)
+        self.session.loader.cursors = cursors
+        self.guard.load_state_dict({**self.session.trainer_state.get("guard", {}), "in_a_row": 0, "rewinds": rewinds})
+        self.saved_at = self.session.step
+        back = self.session.step
+        if self.rank == 0:
+            self.run.rewind(back)
+        self._event(
+            "rewound",
+            step=step,
+            to=back,
+            rewinds=rewinds,
+            reason=f"outliers since step {first}; the data of steps {back} to {step - 1} is skipped",
+        )
+        barrier()
+        return back
 
     def _growth_due(self, step: int) -> GrowthEvent | None:
         done = self.session.lineage.growth_steps
@@ -217,12 +317,13 @@ class Trainer:
     def _grow(self, event: GrowthEvent) -> None:
         step, before = event.at_step, self.session.model_config
         self._evaluate(step, self.config.evaluation.sequences_per_domain)
-        self._save(step)
+        self._save(step, wait=True)
         source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
         operator = build_operator(event.op, factor=event.factor)
         on_first_rank(lambda: _grow_again(source, target, operator))
         del self.session  # free the small model before the large one is built
         self.session = Session(self.config, self.corpus, self.mesh, target)
+        self.guard.forget()
         after = self.session.model_config
         self._event(
             "growth",
@@ -233,16 +334,31 @@ class Trainer:
         )
         self._evaluate(step, self.config.evaluation.sequences_per_domain, note="after growth")
 
-    def _save(self, step: int) -> None:
-        if self.saved_at == step:
-            return
-        began = time.perf_counter()
-        path = checkpoint_path(self.run.path, step)
-        self.session.save(path, step)
-        self.saved_at = step
+    def _save(self, step: int, wait: bool = False) -> None:
+        """Begin to write a checkpoint of this moment, and with `wait` see it stand."""
+        if self.saved_at != step:
+            self.heart.beat(step, "checkpoint")
+            session, engine = self.session, self.session.engine
+            state = session.state(step, self.guard.state_dict())
+            before = self.saver.start(checkpoint_path(self.run.path, step), step, engine.weights(), engine.moments(), state)
+            self.saved_at = step
+            if before is not None:
+                self._note_saved(before)
+        if wait or not self.config.checkpoint.background:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Until no checkpoint is on its way."""
+        if (saved := self.saver.wait()) is not None:
+            self._note_saved(saved)
+        barrier()
+
+    def _note_saved(self, saved: Saved) -> None:
         if self.rank == 0:
             prune(self.run.path, self.config.checkpoint.keep)
-        self._event("checkpoint", step=step, path=path.name, seconds=round(time.perf_counter() - began, 3))
+        self._event(
+            "checkpoint", step=saved.step, path=saved.path.name, seconds=round(saved.write_seconds, 3), stall=round(saved.stall_seconds, 3)
+        )
 
     def _evaluate(self, step: int, per_domain: int, final: bool = False, note: str = "") -> None:
         batch = heldout(self.corpus, self.config.loader.sequence_length, per_domain)

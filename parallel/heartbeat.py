@@ -1,0 +1,74 @@
+"""Where every rank is: one small file each, so that when a collective times out its letter can say whom everybody waited for."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Signs of a collective that did not come about, in the words of gloo, NCCL and c10d.
+_TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last sign of a rank."""
+
+    rank: int
+    step: int
+    phase: str
+    time: float
+    host: str
+
+
+class Heartbeat:
+    """This rank's sign of life; `beat` costs a write of some bytes."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rank, self._file = rank, (folder / f"rank-{rank}.beat").open("wb", buffering=0)
+        self._host = socket.gethostname()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say what this rank begins to do now."""
+        row = json.dumps({"rank": self.rank, "step": step, "phase": phase, "time": time.time(), "host": self._host})
+        os.pwrite(self._file.fileno(), row.encode().ljust(256), 0)
+
+
+def beats(folder: Path) -> list[Beat]:
+    """The last signs of all ranks."""
+    found = []
+    for path in folder.glob("rank-*.beat"):
+        try:
+            found.append(Beat(**json.loads(path.read_bytes())))
+        except (ValueError, TypeError):
+            continue
+    return sorted(found, key=lambda beat: beat.rank)
+
+
+def explain(folder: Path, error: BaseException, rank: int) -> str | None:
+    """A letter about a collective that failed on this rank: who was behind and where. None if the error is of another kind."""
+    told = str(error)
+    timed_out = any(sign in told for sign in _TIMEOUT)
+    if not timed_out and not any(sign in told for sign in _LOST):
+        return None
+    known = beats(folder)
+    mine = next((beat for beat in known if beat.rank == rank), None)
+    if mine is None:
+        return None
+    last = min((beat.step, beat.time) for beat in known)
+    late = [beat for beat in known if beat.step < mine.step] or [
+        beat for beat in known if (beat.step, beat.time) == last and beat.rank != rank
+    ]
+    where = f'step {mine.step}, "{mine.phase}"'
+    if not late:
+        return None
+    who = ", ".join(
+        f'rank {b.rank} on {b.host} (last seen at step {b.step}, "{b.phase}", {time.time() - b.time:.0f} s ago)' for b in late[:4]
+    )
+    more = " and others" if len(late) > 4 else ""
+    if timed_out:
+        return f"rank {rank} ({where}) waited in vain for {who}{more}. Their logs and `py-spy dump` on their hosts say what they do; run.timeout_seconds is how long a rank waits."
+    return f"rank {rank} ({where}) lost its connection; behind was {who}{more} ({told[:160]})"

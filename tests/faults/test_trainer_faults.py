@@ -1,0 +1,152 @@
+"""What can go wrong in a run of several ranks, made to go wrong: a rank that hangs, ranks that differ, spikes, a full disk behind a background write."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.errors import UserError
+from regrowth.parallel.agree import check_same
+from regrowth.pretrain import train as trainer
+from regrowth.pretrain.checkpoint import list_checkpoints, verify
+from regrowth.pretrain.safety import SafetyConfig, StepGuard
+from tests.faults.test_real_faults import one_letter, only_run, steps_done, wait_for, workers
+from tests.launch.helpers import start, write_config
+from tests.pretrain.helpers import Ranks, go, losses, new_run
+
+
+def test_a_rank_that_hangs_is_named_by_those_who_waited(documents: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "timeout_seconds": 6}, parallel={"dp_shard": 2, "micro_batch": 4}
+    )
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 3, launcher)
+    stopped = workers(launcher)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    output = launcher.communicate(timeout=90)[0]
+    letter = one_letter(output)
+    assert launcher.returncode == 1 and "rank 0 (step" in letter and "waited in vain for rank 1 on" in letter, letter
+    assert "regrowth train --resume" in letter
+
+
+def differ(rank: int) -> str:
+    import torch.distributed as dist
+
+    try:
+        check_same({"the version of torch": "2.13", "the hash of the config": "b" if dist.get_rank() == rank else "a"})
+    except UserError as error:
+        return str(error)
+    return "the same"
+
+
+def test_ranks_that_differ_are_named_on_every_rank(ranks: Ranks) -> None:
+    letters = ranks(2).run(differ, 1)
+    assert letters[0] == letters[1] and letters[0].startswith("rank 1: the hash of the config is 'b', on rank 0 it is 'a'")
+    assert ranks(2).run(differ, 5) == ["the same"] * 2
+
+
+def test_outliers_are_told_from_slow_changes() -> None:
+    guard = StepGuard(SafetyConfig(window=16))
+    for step in range(15):
+        guard.observe(5.0 + 0.1 * math.sin(step), 1.0, True)
+    assert guard.loss_limit == math.inf, "too early to say"
+    guard.observe(5.0, 1.0, True)
+    assert 5.1 < guard.loss_limit < 5.8 and guard.norm_limit == pytest.approx(1.006)
+    copy = StepGuard(guard.config)
+    copy.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert copy.loss_limit == guard.loss_limit
+    for _ in range(5):
+        assert not guard.spoilt
+        guard.observe(50.0, 1.0, False)
+    assert guard.spoilt and guard.loss_limit < 5.8, "outliers do not move the limit"
+    guard.observe(5.0, 1.0, True)
+    assert not guard.spoilt
+    for step in range(200):  # a level that rises slowly is followed
+        assert 5 + step * 0.02 < guard.loss_limit
+        guard.observe(5 + step * 0.02, 1.0, True)
+
+
+def spoil(folder: Path, corpus: Path, at: int, count: int) -> None:
+    """Train with weights that are blown up before step `at`, `count` times."""
+    step = trainer.Trainer._step
+    left = [count]
+
+    def spoiling(self: trainer.Trainer, number: int) -> None:
+        if number == at and left[0]:
+            left[0] -= 1
+            with torch.no_grad():
+                for name, weight in self.session.engine.weights().items():
+                    if name == "norm.weight":
+                        weight.mul_(30.0)
+        step(self, number)
+
+    trainer.Trainer._step = spoiling  # type: ignore[method-assign]
+    try:
+        trainer.train(folder, corpus)
+    finally:
+        trainer.Trainer._step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("plan", [{"dp_shard": 2, "micro_batch": 4}, {"pp": 2, "micro_batch": 4}], ids=str)
+def test_a_spike_skips_steps_then_returns_to_a_checkpoint_and_reads_other_data(
+    plan: dict, corpus: Corpus, tmp_path: Path, ranks: Ranks
+) -> None:
+    run = new_run(
+        corpus, tmp_path, run={"steps": 40}, parallel=plan, checkpoint={"every": 5, "keep": 8}, safety={"window": 8, "rewind_after": 3}
+    )
+    ranks(2).run(spoil, run.path, corpus.folder, 23, 1)
+    events = run.rows("events")
+    skipped = [e["step"] for e in events if e["event"] == "skipped step"]
+    (back,) = [e for e in events if e["event"] == "rewound"]
+    assert skipped[:3] == [23, 24, 25] and back["step"] == 26 and back["to"] == 20
+    assert run.finished and [row["step"] for row in run.rows("metrics")] == list(range(40))
+    assert losses(run)[-1] < losses(run)[0], "it learned on"
+    undisturbed = go(new_run(corpus, tmp_path / "other", run={"steps": 40}, parallel=plan), corpus, ranks)
+    assert losses(run)[:20] == losses(undisturbed)[:20] and losses(run)[20] != losses(undisturbed)[20], "the data is another after it"
+
+
+def test_without_a_way_back_ten_bad_steps_end_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    run = new_run(corpus, tmp_path, run={"steps": 40}, checkpoint={"every": 100}, safety={"window": 8, "rewind_after": 3})
+    with pytest.raises(Exception, match="an outlier for 10 steps in a row"):
+        spoil(run.path, corpus.folder, 15, 1)
+    assert any(e["event"] == "not rewound" for e in run.rows("events"))
+
+
+def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_and_the_last_one_stands(
+    corpus: Corpus, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(corpus, tmp_path, run={"steps": 30}, checkpoint={"every": 5})
+
+    def full(path: Path) -> object:
+        usage = shutil._ntuple_diskusage  # type: ignore[attr-defined]
+        return usage(10**12, 10**12, 100 if any(p.name == "step-000010" for p in list_checkpoints(run.path)) else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    with pytest.raises(Exception, match=r"needs .* MiB"):
+        trainer.train(run.path, corpus.folder)
+    assert list_checkpoints(run.path)[-1].name == "step-000010" and verify(list_checkpoints(run.path)[-1])
+    assert not list(run.path.glob("checkpoints/.step-*"))
+    monkeypatch.undo()
+    trainer.train(run.path, corpus.folder)
+    assert run.finished
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(documents: Path, tmp_path: Path) -> None:
+    """Killed as soon as a half-written checkpoint is seen on disk."""
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, checkpoint={"every": 3, "keep": 2})
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 10, launcher)
+    run = only_run(tmp_path)
+    until = time.monotonic() + 60
+    while not list(run.path.glob("checkpoints/.step-*.partial")):
+        assert time.monotonic() < until and launcher.poll() is None
+    os.kill(workers(launcher)[0], signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    assert list_checkpoints(run.path) and all(verify(path) for path in list_checkpoints(run.path))
