@@ -52,11 +52,28 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
     dry_run: DryRun = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Equal plans give equal bits; refuses what cannot.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Trace some steps and tell where they go, in the run's folder.")] = False,
 ) -> None:
     """Train: prepare the data if need be, start the plan's ranks on this machine, watch. Under torchrun: be one of the ranks."""
     from regrowth.launch.training import train as go
 
-    go(config, overrides or [], resume, dry_run)
+    more = ["run.deterministic=true"] if deterministic else []
+    go(config, [*(overrides or []), *more], resume, dry_run, profile)
+
+
+@app.command()
+def conformance(
+    only: Annotated[str, typer.Option(help="Plans whose name contains this.")] = "",
+    ranks: Annotated[int, typer.Option(help="Plans of at most so many ranks, started here.", min=1)] = 8,
+    covering: Annotated[bool, typer.Option("--covering", help="A subset in which every axis appears.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the table as JSON.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Name the plans and run none.")] = False,
+) -> None:
+    """Hold every parallel plan to one process: losses and all gradients. Under torchrun or Slurm: be one of the ranks."""
+    from regrowth.launch.conformance import conformance as go
+
+    go(only, ranks, covering, out, listing)
 
 
 @app.command()

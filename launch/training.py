@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regrowth.pretrain.run_folder import RunFolder
 
 
-def train(config: str | None, overrides: list[str], resume: Path | None, dry_run: bool) -> None:
+def train(config: str | None, overrides: list[str], resume: Path | None, dry_run: bool, profile: bool = False) -> None:
     """The `train` command.
 
     Raises:
@@ -23,6 +23,8 @@ def train(config: str | None, overrides: list[str], resume: Path | None, dry_run
     from regrowth.pretrain.config import load_config
     from regrowth.pretrain.run_folder import RunFolder
 
+    if profile:  # past the first steps, which are not like the others
+        overrides = [*overrides, f"run.profile_from={_next_step(resume) + 3}"]
     if resume is not None:
         # With --resume the first argument, if any, is an override.
         overrides = ([config] if config else []) + overrides
@@ -43,6 +45,12 @@ def train(config: str | None, overrides: list[str], resume: Path | None, dry_run
         _be_one_rank(settings, run)
         return
     run_training(settings, Console(), run)
+
+
+def _next_step(run: Path | None) -> int:
+    from regrowth.pretrain.run_folder import RunFolder
+
+    return len(RunFolder.open(run).rows("metrics")) if run else 0
 
 
 def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" = None) -> "RunFolder":

@@ -33,6 +33,8 @@ from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
 from regrowth.pretrain.loss import to_tensors, training_report
+from regrowth.pretrain.memory import is_out_of_memory
+from regrowth.pretrain.memory import letter as memory_letter
 from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
 from regrowth.pretrain.moe import balance, router_rows
 from regrowth.pretrain.profile import Profile
@@ -83,8 +85,8 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
             try:
                 Trainer(run, config, corpus, Mesh(config.parallel, device), rank, stop).run_to_the_end()
             except RuntimeError as error:
-                if letter := explain(folder / "logs", error, rank):
-                    raise RunFailed(f"{folder}: {letter}") from error
+                if told := explain(folder / "logs", error, rank):
+                    raise RunFailed(f"{folder}: {told}") from error
                 raise
 
 
@@ -132,7 +134,13 @@ class Trainer:
                 while done < steps:
                     if event := self._growth_due(done):
                         self._grow(event)
-                    self._step(done)
+                    try:
+                        self._step(done)
+                    except (RuntimeError, MemoryError) as error:
+                        if is_out_of_memory(error):
+                            told = memory_letter(self.session.engine, self.config.parallel, self.rank, done, self.device)
+                            raise RunFailed(f"{self.run.path}: {told}") from error
+                        raise
                     done += 1
                     profile.step(done)
                     if self.guard.spoilt:

@@ -150,3 +150,45 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(documents: P
     os.kill(workers(launcher)[0], signal.SIGKILL)
     launcher.communicate(timeout=60)
     assert list_checkpoints(run.path) and all(verify(path) for path in list_checkpoints(run.path))
+
+
+def test_out_of_memory_tells_where_it_went_and_what_helps(documents: Path, tmp_path: Path) -> None:
+    """A real refusal of the allocator: the process may not have more address space than it took to start, and a little."""
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 50}, loader={"sequence_length": 4096, "global_batch": 16},
+                          parallel={"micro_batch": 16})  # fmt: skip
+    program = f"""
+import resource, sys
+from regrowth.pretrain import train as t
+step = t.Trainer._step
+def limited(self, n):
+    used = int(open("/proc/self/statm").read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))
+    step(self, n)
+t.Trainer._step = limited
+from regrowth.data_pipeline.prepare import prepare
+from regrowth.pretrain.config import load_config
+from regrowth.pretrain.run_folder import RunFolder
+config = load_config({str(config)!r})
+run = RunFolder.create(config)
+t.train(run.path, prepare(config.data).folder)
+"""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert "rank 0 ran out of memory in step 0: peak" in done.stderr, done.stderr[-2000:]
+    told = done.stderr.split("ran out of memory")[-1]
+    for part in ("weights 0.00 GiB", "activations and the rest", "parallel.micro_batch=8 (now 16)", 'parallel.recompute="selective"'):
+        assert part in told
+
+
+def test_a_profile_says_where_a_step_goes(documents: Path, tmp_path: Path) -> None:
+    from tests.launch.helpers import regrowth
+
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 8}, parallel={"dp_shard": 2, "micro_batch": 4})
+    done = regrowth("train", config, "--profile")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path).path / "profile"
+    table = (folder / "table.txt").read_text()
+    assert "matrix products" in table and "communication" in table and "3 steps" in table
+    assert all(json.loads((folder / f"trace-rank-{rank}.json").read_text())["traceEvents"] for rank in (0, 1))
