@@ -1,14 +1,17 @@
-"""Tokens per second of one training step: ours beside a plain Hugging Face loop and a nanoGPT-style loop of equal size, in one run.
+"""Tokens per second and peak memory of one training step: ours beside Hugging Face's, litgpt's and a nanoGPT-style loop of equal size, in one run.
 
-All in fp32 with AdamW and clipping, with the same threads and batch shape, each in a process of its own as its users run it; rounds take
-turns, so that whatever else the machine does falls on all alike. Ours reads packed documents through the loader with the document mask and
-per-domain accounting; the peers get random tokens for nothing.
+All in fp32 with fused AdamW, SDPA and clipping, with the same threads and batch shape, each in a process of its own as its users run it; rounds take turns, so that whatever else the machine does falls on all alike. Ours reads packed documents
+through the loader with the document mask and per-domain accounting; the peers get random tokens for nothing. litgpt is no dependency:
+`pip install litgpt` beside it, and it takes part.
 
     python benchmarks/train_step.py --quick
+    python benchmarks/train_step.py --size 50m
 """
 
 import argparse
+import importlib.util
 import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
@@ -31,7 +34,12 @@ from regrowth.pretrain.loss import to_tensors, training_report
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.session import Session, prepare_process
 
-SHAPE = ModelConfig(vocabulary=4096, width=384, layers=6, heads=6, kv_heads=6, head_dim=64, ffn_width=1024, qk_norm=False, tied=True)
+_COMMON = {"vocabulary": 4096, "head_dim": 64, "qk_norm": False, "tied": False}
+SHAPES = {
+    "10m": ModelConfig(**_COMMON, width=320, layers=6, heads=5, kv_heads=5, ffn_width=896),
+    "50m": ModelConfig(**_COMMON, width=640, layers=9, heads=10, kv_heads=10, ffn_width=1728),
+}
+SHAPE = SHAPES["10m"]
 
 
 def corpus_for_timing(folder: Path) -> Corpus:
@@ -72,7 +80,7 @@ def hugging_face(batch: int, length: int) -> Callable[[], None]:
 
     config = transformers.LlamaConfig(
         vocab_size=SHAPE.vocabulary, hidden_size=SHAPE.width, intermediate_size=SHAPE.ffn_width, num_hidden_layers=SHAPE.layers,
-        num_attention_heads=SHAPE.heads, num_key_value_heads=SHAPE.kv_heads, max_position_embeddings=length, tie_word_embeddings=True, use_cache=False,
+        num_attention_heads=SHAPE.heads, num_key_value_heads=SHAPE.kv_heads, max_position_embeddings=length, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     return _plain_loop(transformers.LlamaForCausalLM(config), lambda model, x: model(input_ids=x, labels=x).loss, batch, length)
 
@@ -120,8 +128,25 @@ def nano(batch: int, length: int) -> Callable[[], None]:
     return _plain_loop(Nano(length), loss, batch, length)
 
 
+def litgpt(batch: int, length: int) -> Callable[[], None]:
+    """litgpt's GPT in the same Llama shape, with its own chunked cross entropy, as its pretraining loop calls them."""
+    from litgpt.model import GPT, Config  # type: ignore[import-not-found]
+    from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
+
+    config = Config(
+        n_layer=SHAPE.layers, n_head=SHAPE.heads, n_query_groups=SHAPE.kv_heads, n_embd=SHAPE.width, vocab_size=SHAPE.vocabulary,
+        padded_vocab_size=SHAPE.vocabulary, block_size=length, intermediate_size=SHAPE.ffn_width, rotary_percentage=1.0, norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP", bias=False, parallel_residual=False, norm_eps=1e-6,
+    )  # fmt: skip
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(model(x)[:, :-1], x[:, 1:], chunk_size=0)
+
+    return _plain_loop(GPT(config), loss, batch, length)
+
+
 def _plain_loop(model: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor], batch: int, length: int) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     x = torch.randint(0, SHAPE.vocabulary, (batch, length))
 
     def run() -> None:
@@ -134,8 +159,10 @@ def _plain_loop(model: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torc
     return run
 
 
-def _serve(name: str, folder: str, batch: int, length: int, threads: int, pipe: Connection) -> None:
-    """A loop in its own process: a round of steps for each request, answered with the seconds of each step."""
+def _serve(name: str, size: str, folder: str, batch: int, length: int, threads: int, pipe: Connection) -> None:
+    """A loop in its own process: a round of steps for each request, answered with the seconds of each step; then the peak of its memory."""
+    global SHAPE
+    SHAPE = SHAPES[size]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     run = ours(corpus_for_timing(Path(folder)), batch, length, threads) if name == "regrowth" else PEERS[name](batch, length)
@@ -148,38 +175,55 @@ def _serve(name: str, folder: str, batch: int, length: int, threads: int, pipe: 
             run()
             seconds.append(time.perf_counter() - began)
         pipe.send(seconds)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-PEERS = {"Hugging Face Llama": hugging_face, "nanoGPT style": nano}
+PEERS = {"Hugging Face Llama": hugging_face, "litgpt": litgpt, "nanoGPT style": nano}
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under 45 seconds")
+    parser.add_argument("--size", choices=list(SHAPES), default="10m")
+    parser.add_argument("--batch", type=int, help="sequences of 256 tokens in a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     batch, length, rounds = (4, 256, 4) if arguments.quick else (8, 256, 12)
+    batch = arguments.batch or batch
+    names = ["regrowth", *(name for name in PEERS if name != "litgpt" or importlib.util.find_spec("litgpt"))]
+    if arguments.quick or arguments.size != "10m":
+        names.remove("nanoGPT style")
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {}
     parameters, pipes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         corpus_for_timing(Path(folder))
-        for name in ("regrowth", *PEERS):
+        for name in names:
             pipes[name], there = context.Pipe()
-            context.Process(target=_serve, args=(name, folder, batch, length, arguments.threads, there), daemon=True).start()
+            context.Process(
+                target=_serve, args=(name, arguments.size, folder, batch, length, arguments.threads, there), daemon=True
+            ).start()
             parameters[name], seconds[name] = pipes[name].recv(), []
         for _ in range(rounds):
             for name, pipe in pipes.items():
                 pipe.send(2)
                 seconds[name] += pipe.recv()
-        for pipe in pipes.values():
+        memory = {}
+        for name, pipe in pipes.items():
             pipe.send(0)
+            memory[name] = pipe.recv()
     title = f"training step, {batch} x {length} tokens, fp32, {arguments.threads} threads, median of {2 * rounds}"
-    table = Table("loop", "parameters", "tokens/s", "regrowth is", title=title)
+    table = Table("loop", "parameters", "tokens/s", "regrowth is", "peak memory", title=title)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, count in parameters.items():
-        table.add_row(name, f"{count:,}", f"{batch * length / median[name]:,.0f}", f"{median[name] / median['regrowth']:.2f} x as fast")
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{batch * length / median[name]:,.0f}",
+            f"{median[name] / median['regrowth']:.2f} x as fast",
+            f"{memory[name] / 2**20:,.0f} MiB",
+        )
     Console(width=120).print(table)
 
 

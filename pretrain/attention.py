@@ -5,7 +5,7 @@ compiled on a GPU skips blocks that are masked out whole and keeps no T x T tens
 an index, the order of tokens does not matter: what context parallelism deals out, in whatever order, is masked alike.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -30,16 +30,85 @@ def visible(q_docs_BT: torch.Tensor, q_positions_BT: torch.Tensor, k_docs_BT: to
 
 
 class Sdpa:
-    """scaled_dot_product_attention with a dense mask."""
+    """scaled_dot_product_attention with a dense mask; on a CPU in bands of queries, each against the keys that any of them sees.
 
-    def mask(self, doc_ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
-        """bool [B, 1, T, T]."""
-        return visible(doc_ids_BT, positions_BT, doc_ids_BT, positions_BT)[:, None]
+    torch's kernel for CPUs computes masked scores too. Bands leave out what lies behind every query of a band and what belongs to documents
+    that ended before it: for causal masks alone five eighths of the work remain.
+    """
+
+    def mask(self, doc_ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> "torch.Tensor | list[Band]":
+        """bool [B, 1, T, T]; on a CPU the bands."""
+        seen_BTS = visible(doc_ids_BT, positions_BT, doc_ids_BT, positions_BT)
+        return bands(seen_BTS) if doc_ids_BT.device.type == "cpu" else seen_BTS[:, None]
 
     def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[B, H, T, d]; k and v may have fewer heads."""
-        grouped = q_BHTd.shape[1] != k_BHTd.shape[1]
-        return functional.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask, enable_gqa=grouped)
+        if isinstance(mask, torch.Tensor):
+            grouped = q_BHTd.shape[1] != k_BHTd.shape[1]
+            return functional.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask, enable_gqa=grouped)
+        return _BandedAttention.apply(q_BHTd, k_BHTd, v_BHTd, mask)  # pyright: ignore[reportReturnType]
+
+
+class Band(NamedTuple):
+    """Queries `begin` to `end`, which see keys between `first` and `last`; where among them, `bias` [B, 1, end - begin, last - first] says with
+    0 and -inf."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    bias: torch.Tensor
+
+
+def bands(seen_BTS: torch.Tensor, queries: int = 64) -> list[Band]:
+    """Bands of a mask bool [B, T, S] in which every query sees a key."""
+    anyone_TS, found = seen_BTS.any(0), []
+    for begin in range(0, seen_BTS.shape[1], queries):
+        end = min(begin + queries, seen_BTS.shape[1])
+        keys = torch.nonzero(anyone_TS[begin:end].any(0))
+        first, last = int(keys[0]), int(keys[-1]) + 1
+        part = seen_BTS[:, None, begin:end, first:last]
+        found.append(Band(begin, end, first, last, torch.zeros(part.shape).masked_fill_(~part, -torch.inf)))
+    return found
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _BandedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: list[Band]) -> torch.Tensor:
+        wide_k, wide_v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+        done = [
+            _flash(q[:, :, b.begin : b.end], wide_k[:, :, b.first : b.last], wide_v[:, :, b.first : b.last], attn_mask=b.bias.to(q.dtype))
+            for b in mask
+        ]
+        out = torch.cat([part for part, _ in done], dim=2)
+        ctx.save_for_backward(q, k, v, out, *(sums for _, sums in done))
+        ctx.mask = mask
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, *sums = ctx.saved_tensors
+        wide_k, wide_v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        for band, log_sums in zip(ctx.mask, sums, strict=True):
+            rows, keys = slice(band.begin, band.end), slice(band.first, band.last)
+            grad_q[:, :, rows], to_k, to_v = _flash_backward(
+                grads[0][:, :, rows], q[:, :, rows], wide_k[:, :, keys], wide_v[:, :, keys], out[:, :, rows], log_sums, 0.0, False,
+                attn_mask=band.bias.to(q.dtype),
+            )  # fmt: skip
+            grad_k[:, :, keys] += to_k
+            grad_v[:, :, keys] += to_v
+        if wide_k is not k:  # query heads of one group share a key head
+            grad_k, grad_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None
+
+
+def _repeated(x_BHTd: torch.Tensor, heads: int) -> torch.Tensor:
+    return x_BHTd if x_BHTd.shape[1] == heads else x_BHTd.repeat_interleave(heads // x_BHTd.shape[1], dim=1)
 
 
 class Flex:

@@ -11,7 +11,7 @@ from regrowth.errors import UserError
 from regrowth.parallel.dtensor import full_tensor
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.pretrain.attention import Flex, Sdpa, choose_attention
+from regrowth.pretrain.attention import Flex, Sdpa, bands, choose_attention, visible
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.config import RunSettings
 from regrowth.pretrain.conformance import Setting
@@ -118,10 +118,35 @@ def test_flex_attention_computes_what_sdpa_computes() -> None:
 class SpelledOut(Sdpa):
     """Attention as two plain products, which the counter sees."""
 
+    def mask(self, doc_ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+        return visible(doc_ids_BT, positions_BT, doc_ids_BT, positions_BT)[:, None]
+
     def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         k, v = (x.repeat_interleave(q_BHTd.shape[1] // x.shape[1], dim=1) for x in (k_BHTd, v_BHTd))
         scores = (q_BHTd @ k.transpose(-1, -2)) * q_BHTd.shape[-1] ** -0.5
         return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_attention_in_bands_is_attention_under_the_dense_mask(heads: int, shuffled: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    docs = torch.tensor([[0] * 70 + [1] * 60 + [-1] * 20, [0] * 20 + [1] * 5 + [2] * 125])
+    positions = torch.cat([torch.arange(n) for n in (70, 60, 20, 20, 5, 125)]).view(2, 150)
+    if shuffled:  # as an exchange between ranks may deliver them
+        order = torch.randperm(150, generator=generator)
+        docs, positions = docs[:, order], positions[:, order]
+    seen = visible(docs, positions, docs, positions)
+    q, k, v = (torch.randn(2, h, 150, 8, generator=generator, requires_grad=True) for h in (4, heads, heads))
+    grad = torch.randn(2, 4, 150, 8, generator=generator)
+    found = bands(seen)
+    assert len(found) == 3 and (shuffled or sum((b.end - b.begin) * (b.last - b.first) for b in found) < 0.75 * 150 * 150)
+    results = []
+    for mask in (found, seen[:, None]):
+        out = Sdpa()(q, k, v, mask)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
