@@ -30,7 +30,8 @@ def plainly(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, we
 
 def both(run: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
     hidden, weight, labels, weights = case()
-    hidden.requires_grad_(), weight.requires_grad_()
+    for leaf in (hidden, weight):
+        leaf.requires_grad_()
     total, nll = run(hidden, weight, labels, weights)
     (total.sum() * 0.37).backward()
     assert hidden.grad is not None and weight.grad is not None
