@@ -46,7 +46,10 @@ class Quantizer:
         """
         assert self.format is not None
         grouped = _grouped(x, self)
-        amax = grouped.abs().amax() if self.granularity == "tensor" else grouped.abs().amax(dim=-1, keepdim=True)
+        if grouped.numel() == 0:  # an expert without tokens: its ranks' slices may have some
+            amax = grouped.new_zeros(() if self.granularity == "tensor" else (*grouped.shape[:-1], 1))
+        else:
+            amax = grouped.abs().amax() if self.granularity == "tensor" else grouped.abs().amax(dim=-1, keepdim=True)
         group = None if groups is None else {"tensor": groups.tensor, "row": groups.row, "block": None}[self.granularity]
         if group is not None:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)

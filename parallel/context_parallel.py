@@ -69,6 +69,16 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: list[Places], group: dist.ProcessGroup
     ) -> torch.Tensor:
+        ctx.places, ctx.group = places, group
+        with torch.autocast(q.device.type, enabled=False):  # scores and sums are fp32
+            out, log_sum = _Ring._attend(q, k, v, places, group)
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out.to(q.dtype)
+
+    @staticmethod
+    def _attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: list[Places], group: dist.ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         size, rank = group.size(), group.rank()
         out, log_sum = torch.zeros_like(q, dtype=torch.float32), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         held = torch.stack((k, v))
@@ -82,12 +92,15 @@ class _Ring(torch.autograd.Function):
                 out = out * (log_sum - _finite(joined)).exp_()[..., None] + _times_values(weights, held[1])
                 log_sum = joined
             held = coming.wait() if coming else held
-        ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.places, ctx.group = places, group
-        return out.to(q.dtype)
+        return out, log_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _Ring._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
         group, places, grad = ctx.group, ctx.places, grads[0].float()
         size, rank, scale = group.size(), group.rank(), q.shape[-1] ** -0.5

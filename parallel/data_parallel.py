@@ -7,30 +7,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from regrowth.parallel.mesh import Mesh
 
 
-def shard(
-    model: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype | None = None
-) -> None:
+def shard(model: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Module], mesh: Mesh) -> None:
     """Shard a model in place: each block as one unit, its experts as another where `ep` splits them, the rest as the last.
 
     Parameters become DTensors, names stay. With replicas, gradients are reduce-scattered within shards and all-reduced between replicas (HSDP).
-
-    Args:
-        dtype: what gathered weights and the arithmetic are in; shards, gradients' sums and moments stay fp32.
     """
     plan = mesh.plan
     reshard = plan.reshard_after_forward if plan.reshard_after_forward is not None else plan.pp == 1
     options: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if plan.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if plan.offload else OffloadPolicy()
     }
     apart: set[nn.Parameter] = set()
     if plan.ep > 1:

@@ -14,7 +14,7 @@ from torch import nn
 
 from regrowth.errors import need
 from regrowth.parallel.collectives import all_gather
-from regrowth.parallel.engine import INPUTS, MicroBatch, Report
+from regrowth.parallel.engine import INPUTS, MicroBatch, Report, state_bytes
 from regrowth.parallel.mesh import Mesh
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -118,6 +118,10 @@ class DeepSpeedEngine:
         read = self._utils.safe_get_full_optimizer_state
         self._given = {f"{name}.{m}": read(p, m) for name, p in self.model.named_parameters() if p.requires_grad for m in _MOMENTS}
         return self._given
+
+    def moment_bytes(self) -> int:
+        """See `NativeEngine`."""
+        return state_bytes(self._zero.optimizer)
 
     @property
     def optimizer_steps(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from regrowth.parallel.collectives import all_gather
 from regrowth.parallel.context_parallel import AllToAllAttention, Core, RingAttention, take_part
@@ -62,6 +63,8 @@ class Engine(Protocol):
     def weights(self) -> dict[str, torch.Tensor]: ...
 
     def moments(self) -> dict[str, torch.Tensor]: ...
+
+    def moment_bytes(self) -> int: ...
 
     @property
     def optimizer_steps(self) -> int: ...
@@ -166,6 +169,8 @@ class NativeEngine:
             for buffers in module.modules():
                 for key, buffer in buffers.named_buffers(recurse=False):
                     setattr(buffers, key, buffer.to(self.device))
+        if self.autocast and self.plan.pp > 1:  # a schedule runs forward and backward passes; only the first are in autocast
+            model.forward = torch.autocast(self.device.type, dtype=self.autocast)(model.forward)
         self.stages[number] = module
 
     def _collect(self, tied: bool) -> None:
@@ -218,8 +223,7 @@ class NativeEngine:
     def _through_the_pipeline(self, parts: Sequence[MicroBatch], report: Report) -> list[torch.Tensor]:
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         first = (whole["tokens"],) if 0 in self.stages else ()
-        with self._precision():
-            out = self.schedule.step(*first, target=whole["labels"], **{f"{name}_BT": whole[name] for name in INPUTS})
+        out = self.schedule.step(*first, target=whole["labels"], **{f"{name}_BT": whole[name] for name in INPUTS})
         nll = out[1] if out is not None else None
         return list(self._from_last_stage(nll, whole, report).split([len(part["tokens"]) for part in parts]))
 
@@ -310,6 +314,9 @@ class NativeEngine:
         assert self.layouts is not None
         found: dict[str, torch.Tensor] = {}
         for module in self.modules:
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()  # after a forward pass alone, weights may still be gathered
             for name, parameter in module.named_parameters():
                 found.setdefault(name, self.layouts.canonical(name, parameter))
             found.update(module.named_buffers())
@@ -333,6 +340,10 @@ class NativeEngine:
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
         return found
 
+    def moment_bytes(self) -> int:
+        """Bytes of the moments that exist by now."""
+        return state_bytes(self.optimizer)
+
     @property
     def optimizer_steps(self) -> int:
         """Updates made so far, as the bias correction counts them."""
@@ -352,6 +363,12 @@ class NativeEngine:
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.autocast) if self.autocast else nullcontext()
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's tensors; allocates nothing."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _rows_of(part: MicroBatch, size: int) -> list[MicroBatch]:

@@ -26,10 +26,15 @@ class Beat:
 class Heartbeat:
     """This rank's sign of life; `beat` costs a write of some bytes."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank, self._file = rank, (folder / f"rank-{rank}.beat").open("wb", buffering=0)
         self._host = socket.gethostname()
+
+        if rank == 0:  # of an earlier start with more ranks
+            for path in folder.glob("rank-*.beat"):
+                if int(path.stem.removeprefix("rank-")) >= world_size:
+                    path.unlink(missing_ok=True)
 
     def beat(self, step: int, phase: str) -> None:
         """Say what this rank begins to do now."""

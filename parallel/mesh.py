@@ -68,15 +68,14 @@ class Mesh:
         "dp_replicate": ("dp_replicate",),
         "fsdp": ("dp_shard", "cp"),
         "data": ("dp_replicate", "dp_shard"),
-        "tokens": ("dp_replicate", "dp_shard", "cp"),
         "cp": ("cp",),
         "tp": ("tp",),
         "sequence": ("cp", "tp"),  # those that share a micro-batch
         "replica": ("pp", "dp_shard", "cp", "tp"),  # one whole model
     }
 
-    def __init__(self, plan: ParallelPlan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, plan: ParallelPlan, device: torch.device, timeout_seconds: float | None = None) -> None:
+        self.plan, self.device, self.timeout_seconds = plan, device, timeout_seconds
         self.rank = dist.get_rank() if plan.world_size > 1 else 0
         grid = np.arange(plan.world_size).reshape([getattr(plan, axis) for axis in AXES])
         self.grid = grid
@@ -91,10 +90,13 @@ class Mesh:
         self._make("ep", experts, [3])
         # Tied weights live on the first and the last stage.
         self.tied_group: dist.ProcessGroup | None = None
-        if plan.pp > 1 and self.place["pp"] in (0, pp - 1):
+        if plan.pp > 1:
             column = np.moveaxis(grid, 0, -1).reshape(-1, pp)
             mine = column[np.argwhere(column == self.rank)[0][0]]
-            self.tied_group = _new_group(mine[[0, -1]])
+            # Groups that members make for themselves are named by how many a rank has made: stages in the middle make one too, of their own.
+            ends = self.place["pp"] in (0, pp - 1)
+            group = self._new_group(mine[[0, -1]] if ends else np.array([self.rank]))
+            self.tied_group = group if ends else None
         self.expert_place = {name: int(i) for name, i in zip(("efsdp", "ep"), np.argwhere(experts == self.rank)[0][2:4], strict=True)}
         self._experts = experts
 
@@ -107,7 +109,10 @@ class Mesh:
         if len(rows) == 1:
             self._groups[name] = dist.group.WORLD
             return
-        self._groups[name] = _new_group(rows[np.argwhere(rows == self.rank)[0][0]])
+        self._groups[name] = self._new_group(rows[np.argwhere(rows == self.rank)[0][0]])
+
+    def _new_group(self, ranks: np.ndarray) -> dist.ProcessGroup:
+        return _new_group(ranks, self.timeout_seconds)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of this rank along an axis or a named set of axes; None where it would hold this rank alone."""
@@ -153,7 +158,7 @@ class Mesh:
 
     def _device_mesh(self, ranks: torch.Tensor, names: tuple[str, ...], groups: tuple[str, ...]) -> DeviceMesh:
         if "alone" not in self._groups:
-            self._groups["alone"] = _new_group(np.array([self.rank]))
+            self._groups["alone"] = self._new_group(np.array([self.rank]))
         handles = [self._groups[name] or self._groups["alone"] for name in groups]
         assert all(handle is not None for handle in handles)
         # One group stands for a mesh of one dim, and then `mesh` is derived from it.
@@ -162,8 +167,9 @@ class Mesh:
         return DeviceMesh.from_group(handles, self.device.type, mesh=ranks, mesh_dim_names=names)  # pyright: ignore[reportArgumentType]
 
 
-def _new_group(ranks: np.ndarray) -> dist.ProcessGroup:
+def _new_group(ranks: np.ndarray, timeout_seconds: float | None) -> dist.ProcessGroup:
     """A group that only its members make: ten thousand ranks need not take part in each other's."""
-    group = dist.new_group([int(rank) for rank in ranks], use_local_synchronization=True)
+    patience = timedelta(seconds=timeout_seconds) if timeout_seconds else None
+    group = dist.new_group([int(rank) for rank in ranks], timeout=patience, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -80,6 +80,8 @@ def layers_of_stages(plan: ParallelPlan, model: Costs, sequence_length: int) -> 
     if counts is None:
         costs = [float(model.layer_flops_per_token(i, sequence_length)) for i in range(model.layers)]
         counts = balanced(costs, float(model.head_flops_per_token), plan.stages)
+    if sum(counts) != model.layers:
+        raise ValueError(f"parallel.stage_layers sums to {sum(counts)}, the model has {model.layers} layers")
     begins = [sum(counts[:stage]) for stage in range(plan.stages)]
     return [range(begin, begin + count) for begin, count in zip(begins, counts, strict=True)]
 

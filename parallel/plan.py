@@ -179,6 +179,15 @@ def _reasons(plan: ParallelPlan, model: ModelDims, length: int, global_batch: in
                     f"parallel.stage_layers sums to {sum(plan.stage_layers)}, model.layers is {model.layers}",
                 )
             )
+            checks.append((0 in plan.stage_layers[1:-1], "parallel.stage_layers: only the first and the last stage may be without layers"))
+        late = ("interleaved_zero_bubble", *V_SCHEDULES)
+        checks.append(
+            (
+                plan.recompute != "none" and plan.schedule in late,
+                f'parallel.recompute = "{plan.recompute}": schedule "{plan.schedule}" runs '
+                "a backward pass in two parts, which recomputation cannot",
+            )
+        )
         unit = plan.data_ranks * plan.micro_batch
         if global_batch % unit == 0:
             count = global_batch // unit
@@ -196,6 +205,14 @@ def _reasons(plan: ParallelPlan, model: ModelDims, length: int, global_batch: in
             checks.append((True, f"loader.global_batch = {global_batch} is not a multiple of data ranks x parallel.micro_batch = {unit}"))
     elif global_batch % plan.data_ranks:
         checks.append((True, f"loader.global_batch = {global_batch} is not divisible by the {plan.data_ranks} data ranks"))
+    if plan.offload and plan.engine == "native":
+        sharded = plan.shards_weights > 1 and (plan.ep == 1 or plan.shards_weights > plan.ep)
+        checks.append(
+            (
+                not sharded,
+                "parallel.offload keeps shards in the host's memory; with this plan weights or experts are not sharded (dp_shard x cp > ep is needed)",
+            )
+        )
     if plan.ep > 1:
         checks.append((model.expert_count == 0, f"parallel.ep = {plan.ep}: the model has no experts (model.moe)"))
         if model.expert_count:
@@ -224,7 +241,10 @@ def nearest_plan(plan: ParallelPlan, runs: Callable[[ParallelPlan], bool]) -> st
             if changes["pp"] * plan.held_stages != plan.stages:
                 values["stage_layers"] = None
             if best is None or distance < best.distance:
-                candidate = ParallelPlan.model_validate(values)
+                try:
+                    candidate = ParallelPlan.model_validate(values)
+                except ValueError:
+                    continue
                 if runs(candidate):
                     best = _Candidate(candidate, distance)
     if best is None:

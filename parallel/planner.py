@@ -108,7 +108,8 @@ def predict(
     outside = 0 if plan.sequence_parallel or plan.tp == 1 else 4 * model.width  # norms and residuals, whole on every rank
     activations = tokens * bytes_per_value * ((kept - min(outside, kept)) / plan.tp + min(outside, kept)) * layers / plan.pp * in_flight
     # The head: a chunk of logits, and the gradients of hidden states and of the matrix, which are computed beside the loss.
-    activations += 3 * 2.0**24 + 4.0 * model.width * (tokens + model.vocabulary / plan.tp)
+    heads = in_flight if plan.schedule in ("gpipe", "looped_bfs") else 1
+    activations += 3 * 2.0**24 + 4.0 * model.width * (tokens + model.vocabulary / plan.tp * heads)
     compute = global_batch * sequence_length * model.train_flops_per_token(sequence_length) / plan.world_size
     compute /= cluster.sustained_tflops * 1e12 * cluster.efficiency
     if plan.recompute == "full":

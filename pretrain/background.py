@@ -9,6 +9,7 @@ import copy
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class Saved:
 class BackgroundSaver:
     """Called by every rank at the same steps."""
 
-    def __init__(self, world_size: int) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+    def __init__(self, world_size: int, timeout_seconds: float) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if world_size > 1 else None
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

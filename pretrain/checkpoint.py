@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
@@ -75,19 +76,22 @@ def save_checkpoint(
     once: Callable[[Callable[[], Any]], Any] = (lambda function: function()) if alone else partial(on_first_rank, group=group)
     once(lambda: _fresh_folder(folder, weights, moments))
     try:
+        # What fails on one rank inside of these comes to all of them as one CheckpointException (which is no Exception).
         _save_tensors(folder / "model", weights, alone, group)
         _save_tensors(folder / "optimizer", moments, alone, group)
         return once(lambda: _finish(folder, path, state))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise _write_failure(path, error) from error
     finally:
-        once(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if alone or dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
     for old in partial.parent.glob(".step-*.partial"):  # left by a killed writer
         shutil.rmtree(old, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for name in ("model", "optimizer"):
+        (partial / name).mkdir(parents=True)
     needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
     free = shutil.disk_usage(partial).free
     if needed > free:
@@ -96,7 +100,6 @@ def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict
 
 
 def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, group: dist.ProcessGroup | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(
@@ -150,10 +153,19 @@ def _entry(path: Path) -> dict[str, Any]:
 def _write_failure(path: Path, error: BaseException) -> RunFailed:
     if isinstance(error, RunFailed):
         return error
-    told = str(error)
+    told = reasons(error)
     if any(sign in told for sign in ("No space left", "ENOSPC", "Disk quota", "os error 28", "StorageFull")):
         return RunFailed(disk_full_message(path.parent))
     return RunFailed(f"{path}: the checkpoint could not be written: {told[:500]}. Older checkpoints are intact.")
+
+
+def reasons(error: BaseException) -> str:
+    """What an error says; of one that gathers the errors of several ranks, the first rank's own."""
+    failures = getattr(error, "failures", None)
+    if not isinstance(failures, dict) or not failures:
+        return str(error)
+    rank, (inner, _) = next(iter(sorted(failures.items())))
+    return f"rank {rank}: {type(inner).__name__}: {inner}"
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -230,8 +242,8 @@ def load_tensors(folder: Path, into: dict[str, torch.Tensor], alone: bool = Fals
         warnings.simplefilter("ignore")
         try:
             dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or not dist.is_initialized())
-        except Exception as error:
-            raise UserError(f"{folder}: does not fit the model: {str(error)[:600]}") from error
+        except (Exception, CheckpointException) as error:
+            raise UserError(f"{folder}: does not fit the model: {reasons(error)[:600]}") from error
 
 
 def load_plain(path: Path) -> tuple[CheckpointState, dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -128,6 +128,7 @@ class RunConfig(Settings):
     def _rooms_fit_together(self) -> "RunConfig":
         self.parallel.check_batch(self.loader.global_batch)
         self.parallel.check_model(self.model, self.loader.sequence_length, self.loader.global_batch)
+        self._grown_shapes_fit()
         self._blocks_divide()
         steps = [event.at_step for event in self.growth]
         if steps != sorted(set(steps)):
@@ -141,18 +142,36 @@ class RunConfig(Settings):
             )
         return self
 
+    def _grown_shapes_fit(self) -> None:
+        """The plan must fit every shape that the model will have."""
+        from regrowth.pretrain.growth.grow import build_operator
+
+        model = self.model
+        for event in self.growth:
+            model = build_operator(event.op, factor=event.factor).grow_config(model)
+            try:
+                self.parallel.check_model(model, self.loader.sequence_length, self.loader.global_batch)
+            except ValueError as error:
+                raise ValueError(f"after the growth at step {event.at_step}: {error}") from error
+
     def _blocks_divide(self) -> None:
         """Scales per block need dims that are multiples of the block."""
-        recipe, model = self.precision.build(), self.model
+        recipe, model, plan = self.precision.build(), self.model, self.parallel
+        # The second matrix of a pair is cut along what it contracts, the first along what its input gradient contracts.
         attention = {
             "model.width": model.width,
-            "model.heads x head_dim": model.heads * model.head_dim,
-            "model.kv_heads x head_dim": model.kv_heads * model.head_dim,
+            "model.heads x head_dim / parallel.tp": model.heads * model.head_dim // plan.tp,
+            "model.kv_heads x head_dim / parallel.tp": model.kv_heads * model.head_dim // plan.tp,
         }
-        ffn = {"model.width": model.width, "model.ffn_width": model.ffn_width}
+        ffn = {"model.width": model.width, **{f"{key} / parallel.tp": size // plan.tp for key, size in model.hidden_widths.items()}}
+        # A rank of cp holds two chunks of a sequence, and no block of tokens may straddle them.
+        chunk = self.loader.sequence_length // (2 * plan.cp if plan.cp > 1 else 1)
+        if model.expert_count and any(q.format and q.granularity == "block" for q in (recipe.ffn.wgrad.a, recipe.ffn.wgrad.b)):
+            raise ValueError("precision.recipe: blocks along the tokens do not fit experts, which get as many tokens as choose them; take a recipe with "
+                             "scales per row for the FFN's weight gradients")  # fmt: skip
         for linear, dims in ((recipe.attention, attention), (recipe.ffn, ffn)):
             for gemm in (linear.forward, linear.dgrad, linear.wgrad):
-                sizes = {"loader.sequence_length": self.loader.sequence_length} if gemm is linear.wgrad else dims
+                sizes = {"loader.sequence_length / chunks": chunk} if gemm is linear.wgrad else dims
                 for quantizer in (gemm.a, gemm.b):
                     for name, size in sizes.items():
                         if quantizer.format and quantizer.granularity == "block" and size % quantizer.block:

@@ -4,7 +4,7 @@
 up, with documents of all lengths and padding, so that no corpus is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,13 +194,14 @@ def deviation(outcome: Outcome, reference: Outcome) -> dict[str, float]:
     missing = set(reference.gradients) ^ set(outcome.gradients)
     if missing:
         raise AssertionError(f"gradients of {sorted(missing)} are on one side only")
-    gradient = max(
+    gradient = _largest(
         float((outcome.gradients[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         for name, expected in reference.gradients.items()
     )
     return {
         "first loss": _relative(outcome.losses[:1], reference.losses[:1]),
         "losses": _relative(outcome.losses, reference.losses),
+        "first norm": _relative(outcome.norms[:1], reference.norms[:1]),
         "norms": _relative(outcome.norms, reference.norms),
         "gradients": gradient,
         "validation": _relative([outcome.validation], [reference.validation]),
@@ -208,7 +209,12 @@ def deviation(outcome: Outcome, reference: Outcome) -> dict[str, float]:
 
 
 def _relative(got: Sequence[float], expected: Sequence[float]) -> float:
-    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(got, expected, strict=True))
+    return _largest(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(got, expected, strict=True))
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, and NaN if any is: Python's `max` would pass over it."""
+    return float(torch.tensor([0.0, *values], dtype=torch.float64).max())
 
 
 def continue_elsewhere(setting: Setting, folder: Path, save: bool, steps: int) -> list[float]:

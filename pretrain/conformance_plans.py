@@ -23,8 +23,8 @@ class Case:
         over a rounding threshold, which moves single entries of a gradient by percents and its whole hardly.
         """
         if self.recipe == "full":
-            return {"first loss": 1e-7, "losses": 1e-6, "gradients": 2e-5, "validation": 1e-6}
-        return {"first loss": 1e-6, "losses": 2e-2, "gradients": 1e-1, "validation": 2e-2}
+            return {"first loss": 1e-7, "losses": 1e-6, "gradients": 2e-5, "first norm": 1e-6, "norms": 1e-3, "validation": 1e-6}
+        return {"first loss": 1e-6, "losses": 2e-2, "gradients": 1e-1, "first norm": 1e-2, "norms": 1e-1, "validation": 2e-2}
 
 
 def _case(model: str, recipe: str = "full", **plan: Any) -> Case:

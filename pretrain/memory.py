@@ -23,7 +23,7 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     return {
         "weights": total(list(parameters)),
         "gradients": total([p.grad for p in parameters if p.grad is not None]),
-        "moments": total(list(engine.moments().values())),
+        "moments": engine.moment_bytes(),
     }
 
 

@@ -164,8 +164,9 @@ class SwiGLU(nn.Module):
 
 
 @torch.no_grad()
-def balance(modules: Iterable[nn.Module], config: ModelConfig, mesh: Mesh) -> dict[int, torch.Tensor]:
-    """Between two steps: what the routers of all ranks counted, fp64 [E + 3] (loads, then STATISTICS) by layer; their biases are moved by it."""
+def balance(modules: Iterable[nn.Module], config: ModelConfig, mesh: Mesh, move: bool = True) -> dict[int, torch.Tensor]:
+    """Between two steps: what the routers of all ranks counted, fp64 [E + 3] (loads, then STATISTICS) by layer; unless the step made
+    no update, their biases are moved by it."""
     if not config.expert_count:
         return {}
     routers = {int(name.split(".")[1]): m for module in modules for name, m in module.named_modules() if isinstance(m, Router)}
@@ -179,7 +180,7 @@ def balance(modules: Iterable[nn.Module], config: ModelConfig, mesh: Mesh) -> di
         dist.all_reduce(counts)
         counts /= mesh.plan.tp  # whose ranks all see the same tokens
     for row, layer in zip(counts, layers, strict=True):
-        if layer in routers:
+        if move and layer in routers:
             routers[layer].rebalance(row[: config.expert_count])
     return dict(zip(layers, counts.cpu(), strict=True))
 

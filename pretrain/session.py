@@ -47,6 +47,10 @@ class Session:
                 f"model.vocabulary = {self.model_config.vocabulary} is smaller than the tokenizer's {corpus.tokenizer.size} ids "
                 f"({corpus.tokenizer.path}). Set model.vocabulary to at least {corpus.tokenizer.size}."
             )
+        try:
+            config.parallel.check_model(self.model_config, config.loader.sequence_length, config.loader.global_batch)
+        except ValueError as error:
+            raise UserError(f"the model of {checkpoint or 'this config'} does not fit the plan: {error}.") from error
         self.loader = Loader(corpus, config.loader, config.mixing)
         self.engine = build_engine(config, self.model_config, mesh)
         self.recipe = PrecisionRecipe(name="unset")

@@ -11,7 +11,7 @@ import math
 import platform
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from regrowth import __version__
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.errors import RunFailed, Stopped, UserError
+from regrowth.errors import RegrowthError, RunFailed, Stopped, UserError
 from regrowth.files import exclusive, sha256_of
 from regrowth.parallel.agree import barrier, check_same, on_first_rank
 from regrowth.parallel.heartbeat import Heartbeat, explain
@@ -83,7 +83,7 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
             corpus = Corpus.open(corpus_folder)
             try:
-                Trainer(run, config, corpus, Mesh(config.parallel, device), rank, stop).run_to_the_end()
+                Trainer(run, config, corpus, Mesh(config.parallel, device, config.run.timeout_seconds), rank, stop).run_to_the_end()
             except RuntimeError as error:
                 if told := explain(folder / "logs", error, rank):
                     raise RunFailed(f"{folder}: {told}") from error
@@ -111,9 +111,10 @@ class Trainer:
         self.recipe = config.precision.build()
         self.metrics = MetricsWriter(run) if rank == 0 else None
         self.guard = StepGuard(config.safety)
-        self.heart = Heartbeat(run.path / "logs", rank)
-        self.saver = BackgroundSaver(config.parallel.world_size)
+        self.heart = Heartbeat(run.path / "logs", rank, config.parallel.world_size)
+        self.saver = BackgroundSaver(config.parallel.world_size, config.run.timeout_seconds)
         self.told_recipe = ""
+        self.rewound_to = -1
         checkpoint = on_first_rank(self._where_to_start)
         self.saved_at = -1
         self.session = Session(config, corpus, mesh, checkpoint)
@@ -148,7 +149,8 @@ class Trainer:
                         continue
                     if done % self.config.evaluation.every == 0 and done < steps:
                         self._evaluate(done, self.config.evaluation.sequences_per_domain)
-                    if done % self.config.checkpoint.every == 0 or done == steps:
+                    # Amid outliers nothing is saved, and so nothing from before them is removed.
+                    if (done % self.config.checkpoint.every == 0 and not self.guard.in_a_row) or done == steps:
                         self._save(done, wait=done == steps)
                     if every and done % every == 0:
                         gc.collect()
@@ -157,6 +159,10 @@ class Trainer:
                 self._evaluate(done, self.config.evaluation.final_sequences_per_domain, final=True)
                 barrier()
                 self._event("finished", step=done)
+        except RegrowthError:
+            with suppress(RegrowthError):
+                self.saver.wait()  # the checkpoint on its way is as good as any
+            raise
         finally:
             gc.enable()
             if self.metrics:
@@ -201,10 +207,11 @@ class Trainer:
             self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
         )  # an outlier of a loss makes no update, whatever its gradient
         norm = engine.step(lr, config.optimizer.clip, limit)
-        routed = balance(engine.modules, session.model_config, self.mesh)
+        updated = norm < math.inf and norm <= limit
+        routed = balance(engine.modules, session.model_config, self.mesh, move=updated)
         decision = session.loader.mixer.observe(step, self._domain_losses(ids, sums))
         self._account(ids, int(tokens))
-        self._guard(step, loss, norm, updated=norm < math.inf and norm <= limit)
+        self._guard(step, loss, norm, updated)
         if self.metrics:
             row = self._row(step, sums, lr, norm, int(tokens), decision, time.perf_counter() - began)
             if routed:
@@ -272,7 +279,7 @@ class Trainer:
         if failed:
             self.saver.wait()  # raises where it failed
             raise RunFailed(f"{self.run.path}: a checkpoint could not be written on another rank. Older checkpoints are intact.")
-        return tokens, asked
+        return round(tokens, 6), asked
 
     def _guard(self, step: int, loss: float, norm: float, updated: bool) -> None:
         guard, limits = self.guard, (self.guard.loss_limit, self.guard.norm_limit)
@@ -292,6 +299,8 @@ class Trainer:
     def _rewind(self, step: int) -> int:
         """Return to the newest checkpoint from before the outliers began, with the loader where it is now: the data in between is not read again."""
         first = step - self.guard.in_a_row
+        if self.rewound_to >= 0 and self.session.step == self.rewound_to:  # that one did not help: further back
+            first = min(first, self.rewound_to - 1)
         self._settle()
         checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
         on_first_rank(lambda: set_aside(self.run.path, newer_than=checkpoint) if checkpoint else None)
@@ -304,8 +313,7 @@ class Trainer:
         self.session = Session(self.config, self.corpus, self.mesh, checkpoint)
         self.session.loader.cursors = cursors
         self.guard.load_state_dict({**self.session.trainer_state.get("guard", {}), "in_a_row": 0, "rewinds": rewinds})
-        self.saved_at = self.session.step
-        back = self.session.step
+        self.rewound_to = back = self.session.step
         if self.rank == 0:
             self.run.rewind(back)
         self._event(
@@ -315,7 +323,8 @@ class Trainer:
             rewinds=rewinds,
             reason=f"outliers since step {first}; the data of steps {back} to {step - 1} is skipped",
         )
-        barrier()
+        self.saved_at = -1
+        self._save(back, wait=True)  # with the loader where it is, so that a resume does not read the skipped data either
         return back
 
     def _growth_due(self, step: int) -> GrowthEvent | None:

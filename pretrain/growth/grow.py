@@ -41,6 +41,7 @@ def grow_checkpoint(source: Path, target: Path, operator: GrowthOperator) -> Che
     identity = verify(source)["id"]
     config, weights, moments = grow_state(operator, state.model, weights, moments)
     lineage = state.lineage.grown(identity, {**operator.describe(), "from_layers": state.model.layers, "to_layers": config.layers})
-    grown = CheckpointState(config, lineage, state.loader, state.trainer)
+    trainer = {**state.trainer, "guard": {}}  # losses of the smaller model are no measure for the larger one
+    grown = CheckpointState(config, lineage, state.loader, trainer)
     save_checkpoint(target, weights, moments, grown, alone=True)
     return grown

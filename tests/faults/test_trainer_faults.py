@@ -15,17 +15,18 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.parallel.agree import check_same
 from regrowth.pretrain import train as trainer
-from regrowth.pretrain.checkpoint import list_checkpoints, verify
+from regrowth.pretrain.checkpoint import list_checkpoints, read_state, verify
 from regrowth.pretrain.safety import SafetyConfig, StepGuard
 from tests.faults.test_real_faults import one_letter, only_run, steps_done, wait_for, workers
 from tests.launch.helpers import start, write_config
 from tests.pretrain.helpers import Ranks, go, losses, new_run
 
 
-def test_a_rank_that_hangs_is_named_by_those_who_waited(documents: Path, tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "timeout_seconds": 6}, parallel={"dp_shard": 2, "micro_batch": 4}
-    )
+@pytest.mark.parametrize(
+    "plan", [{"tp": 2, "micro_batch": 4}, *(pytest.param(p, marks=pytest.mark.slow) for p in ({"dp_shard": 2, "micro_batch": 4}, {"pp": 2, "micro_batch": 4}))], ids=str
+)  # fmt: skip
+def test_a_rank_that_hangs_is_named_by_those_who_waited(plan: dict, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "timeout_seconds": 6}, parallel=plan)
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 3, launcher)
     stopped = workers(launcher)[1]
@@ -108,6 +109,11 @@ def test_a_spike_skips_steps_then_returns_to_a_checkpoint_and_reads_other_data(
     assert skipped[:3] == [23, 24, 25] and back["step"] == 26 and back["to"] == 20
     assert run.finished and [row["step"] for row in run.rows("metrics")] == list(range(40))
     assert losses(run)[-1] < losses(run)[0], "it learned on"
+    assert (
+        read_state(next(p for p in list_checkpoints(run.path) if p.name == "step-000020")).trainer["guard"]["rewinds"]
+        == back["rewinds"]
+        == 1
+    )
     undisturbed = go(new_run(corpus, tmp_path / "other", run={"steps": 40}, parallel=plan), corpus, ranks)
     assert losses(run)[:20] == losses(undisturbed)[:20] and losses(run)[20] != losses(undisturbed)[20], "the data is another after it"
 
@@ -192,3 +198,37 @@ def test_a_profile_says_where_a_step_goes(documents: Path, tmp_path: Path) -> No
     table = (folder / "table.txt").read_text()
     assert "matrix products" in table and "communication" in table and "3 steps" in table
     assert all(json.loads((folder / f"trace-rank-{rank}.json").read_text())["traceEvents"] for rank in (0, 1))
+
+
+def save_on_a_full_disk(folder: Path) -> str:
+    """The write itself fails on one rank, after the check of free space has passed."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    from regrowth.errors import RegrowthError
+    from regrowth.pretrain.checkpoint import CheckpointState, save_checkpoint
+    from regrowth.pretrain.lineage import Lineage
+    from regrowth.pretrain.model_config import ModelConfig
+
+    whole = HuggingFaceStorageWriter.write_data
+
+    def full(self, plan, planner):  # type: ignore[no-untyped-def]
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return whole(self, plan, planner)
+
+    HuggingFaceStorageWriter.write_data = full  # type: ignore[method-assign]
+    try:
+        tensors = {f"w{rank}": torch.ones(8) for rank in range(2)}
+        save_checkpoint(folder / "step-000001", tensors, tensors, CheckpointState(ModelConfig(), Lineage(), {}, {"step": 1}))
+    except RegrowthError as error:
+        return str(error)
+    finally:
+        HuggingFaceStorageWriter.write_data = whole  # type: ignore[method-assign]
+    return "written"
+
+
+def test_a_disk_that_fills_up_in_mid_write_is_told_on_all_ranks(tmp_path: Path, ranks: Ranks) -> None:
+    letters = ranks(2).run(save_on_a_full_disk, tmp_path)
+    assert all("full" in letter.lower() or "no space" in letter.lower() for letter in letters), letters
+    assert not list(tmp_path.iterdir())

@@ -88,3 +88,14 @@ def test_predictions_follow_the_plan() -> None:
     assert of(recompute="full").activation_bytes < one.activation_bytes
     assert of(recompute="full").compute_seconds == pytest.approx(one.compute_seconds * 4 / 3)
     assert not of(micro_batch=64).fits and eight.fits
+
+
+def test_plans_that_would_fail_later_are_refused() -> None:
+    for plan, told in (
+        ({"pp": 3, "stage_layers": [3, 0, 3]}, "only the first and the last stage may be without layers"),
+        ({"pp": 2, "schedule": "zbv_zero_bubble", "recompute": "full"}, "which recomputation cannot"),
+        ({"dp_replicate": 2, "offload": True}, "offload keeps shards in the host's memory"),
+        ({"tp": 4, "stages_per_rank": 3}, "nearest plan of 4 ranks"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ParallelPlan(**{"micro_batch": 1, **plan}).check_model(MODEL, 64, 16)  # pyright: ignore[reportArgumentType]

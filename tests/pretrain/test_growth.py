@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
@@ -49,7 +50,7 @@ def test_weights_and_moments_are_stacked_bit_for_bit(grown: RunFolder) -> None:
         assert torch.equal(tensor, weights[source])
         for moment in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(new_moments[f"{name}.{moment}"], moments[f"{source}.{moment}"])
-    assert large.loader == small.loader and large.trainer == small.trainer
+    assert large.loader == small.loader and large.trainer == {**small.trainer, "guard": {}}, "the smaller model's losses are no measure"
 
 
 def test_growth_is_in_the_log_the_lineage_and_the_schedule(grown: RunFolder) -> None:
@@ -109,3 +110,15 @@ def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp
 def test_an_unknown_operator_is_named() -> None:
     with pytest.raises(UserError, match=r'"stak": no such operator; did you mean "stack"\?'):
         build_operator("stak")
+
+
+def test_a_run_grows_under_any_plan_as_on_one_process(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    one = go(new_run(corpus, tmp_path / "one", **GROWING), corpus, ranks)
+    split = go(new_run(corpus, tmp_path / "split", parallel={"pp": 2, "tp": 2, "micro_batch": 4}, **GROWING), corpus, ranks)
+    assert_allclose(losses(split), losses(one), rtol=1e-6)
+    assert [row["layers"] for row in split.rows("metrics")] == [2] * 6 + [4] * 6
+
+
+def test_a_plan_that_the_grown_model_does_not_fit_is_refused_before_the_start(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"after the growth at step 6: parallel.stage_layers sums to 2, model.layers is 4"):
+        new_run(corpus, tmp_path, parallel={"pp": 2, "stage_layers": [1, 1], "micro_batch": 4}, **GROWING)

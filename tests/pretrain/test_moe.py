@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from regrowth.kernels.linear import set_precision
+from regrowth.kernels.recipe import RECIPES
 from regrowth.parallel.expert_parallel import run_on_experts
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
@@ -206,3 +208,13 @@ def test_parameters_and_flops_count_all_experts_and_those_a_token_passes() -> No
     with FlopCounterMode(display=False) as counter:
         model(tokens, torch.arange(16).expand(2, 16), torch.zeros_like(tokens)).sum().backward()
     assert counter.get_total_flops() == config.train_flops_per_token(16) * tokens.numel()
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp4_paper"])
+def test_experts_without_a_token_stand_in_no_recipes_way(recipe: str) -> None:
+    moe = moe_of(experts=6, top_k=1)
+    set_precision(moe, RECIPES[recipe].attention, RECIPES[recipe].ffn)
+    x = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(4))
+    moe(x, torch.ones(1, 2, dtype=torch.bool)).sum().backward()
+    assert moe.experts.w_up.grad is not None and torch.isfinite(moe.experts.w_up.grad).all()
+    assert sum(bool(g.any()) for g in moe.experts.w_up.grad) <= 2

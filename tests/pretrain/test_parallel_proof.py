@@ -13,10 +13,12 @@ TOLERANCE = 1e-6
 
 PLANS = [
     {"dp_replicate": 2},
-    {"dp_shard": 2},
     {"dp_shard": 2, "micro_batch": 1},
-    {"dp_shard": 2, "recompute": "full"},
-    {"dp_replicate": 2, "dp_shard": 2},
+    {"tp": 2, "pp": 2},
+    pytest.param({"dp_shard": 2}, marks=pytest.mark.slow),
+    pytest.param({"dp_shard": 2, "recompute": "full"}, marks=pytest.mark.slow),
+    pytest.param({"dp_replicate": 2, "dp_shard": 2}, marks=pytest.mark.slow),
+    pytest.param({"cp": 2, "dp_shard": 2}, marks=pytest.mark.slow),
 ]
 
 
@@ -25,7 +27,7 @@ def train(corpus: Corpus, folder: Path, ranks: Ranks, plan: dict, **sections: di
     return go(run, corpus, ranks)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: ",".join(f"{k}={v}" for k, v in plan.items()))
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_splitting_the_data_does_not_change_the_losses(plan: dict, corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
     mixing = {"policy": "odm", "warmup_steps": 3}
     one = train(corpus, tmp_path / "one", ranks, {"micro_batch": 8}, mixing=mixing)
