@@ -95,7 +95,9 @@ def spoil(folder: Path, corpus: Path, at: int, count: int) -> None:
         trainer.Trainer._step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("plan", [{"dp_shard": 2, "micro_batch": 4}, {"pp": 2, "micro_batch": 4}], ids=str)
+@pytest.mark.parametrize(
+    "plan", [pytest.param({"dp_shard": 2, "micro_batch": 4}, marks=pytest.mark.slow), {"pp": 2, "micro_batch": 4}], ids=str
+)
 def test_a_spike_skips_steps_then_returns_to_a_checkpoint_and_reads_other_data(
     plan: dict, corpus: Corpus, tmp_path: Path, ranks: Ranks
 ) -> None:
