@@ -1,8 +1,9 @@
 """Tokens per second and peak memory of one training step: ours beside Hugging Face's, litgpt's and a nanoGPT-style loop of equal size, in one run.
 
-All in fp32 with fused AdamW, SDPA and clipping, with the same threads and batch shape, each in a process of its own as its users run it; rounds take turns, so that whatever else the machine does falls on all alike. Ours reads packed documents
-through the loader with the document mask and per-domain accounting; the peers get random tokens for nothing. litgpt is no dependency:
-`pip install litgpt` beside it, and it takes part.
+All in fp32 with fused AdamW, SDPA and clipping, with the same threads and batch shape, each in a process of its own as its users run it; rounds
+take turns, so that whatever else the machine does falls on all alike. Ours is the trainer's whole step: packed documents through the loader, the
+document mask, per-domain accounting, metrics and logs. `regrowth, bare` is the same model in a plain loop over one batch, without any of that;
+the peers, too, get one batch of random tokens for nothing. litgpt is no dependency: `pip install litgpt` beside it, and it takes part.
 
     python benchmarks/train_step.py --quick
     python benchmarks/train_step.py --size 50m
@@ -29,10 +30,15 @@ from regrowth.data_pipeline.config import DataConfig, LoaderConfig, StaticMixing
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.parallel.mesh import Mesh
+from regrowth.pretrain.build import build_model
 from regrowth.pretrain.config import RunConfig
-from regrowth.pretrain.loss import to_tensors, training_report
+from regrowth.pretrain.conformance import Shape, made_up_batch
+from regrowth.pretrain.initialise import initialise
+from regrowth.pretrain.loss import to_tensors
 from regrowth.pretrain.model_config import ModelConfig
-from regrowth.pretrain.session import Session, prepare_process
+from regrowth.pretrain.run_folder import RunFolder
+from regrowth.pretrain.session import prepare_process
+from regrowth.pretrain.trainer import Trainer
 
 _COMMON = {"vocabulary": 4096, "head_dim": 64, "qk_norm": False, "tied": False}
 SHAPES = {
@@ -48,30 +54,44 @@ def corpus_for_timing(folder: Path) -> Corpus:
     return prepare(DataConfig.model_validate({"out": str(folder), "sources": [source], "tokenizer": {"vocabulary": 4096}, "workers": 1}))
 
 
-def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
-    """One step of the native engine, loader included, in a process set up as a rank is."""
-    loader = LoaderConfig(sequence_length=length, global_batch=batch, unit_sequences=1)
+def run_config(corpus: Corpus, batch: int, length: int, threads: int) -> RunConfig:
+    """A run that neither evaluates nor saves while it is timed."""
+    never = 1 << 30
     values = {
+        "run": {"threads": threads, "folder": corpus.folder.parent / "runs", "steps": never},
         "data": corpus.manifest["config"],
-        "loader": loader,
+        "loader": LoaderConfig(sequence_length=length, global_batch=batch, unit_sequences=1),
         "model": SHAPE,
         "mixing": StaticMixing(),
         "parallel": {"micro_batch": batch},
+        "checkpoint": {"every": never},
+        "evaluation": {"every": never},
     }
-    config = RunConfig.model_validate({**values, "run": {"threads": threads}})
+    return RunConfig.model_validate(values)
+
+
+def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
+    """One step of the trainer, in a process set up as a rank is."""
+    config = run_config(corpus, batch, length, threads)
     prepare_process(config, 1)
-    session = Session(config, corpus, Mesh(config.parallel, torch.device("cpu")), None)
+    trainer = Trainer(RunFolder.create(config), config, corpus, Mesh(config.parallel, torch.device("cpu")), 0, lambda: False)
     step = iter(range(1 << 30))
+    return lambda: trainer.train_step(next(step))
 
-    def run() -> None:
-        number = next(step)
-        micro_batch = to_tensors(session.loader.build(session.loader.plan_step(number)), torch.device("cpu"))
-        tokens = float(micro_batch["loss_weight"].sum())
-        session.engine.forward_backward([micro_batch], training_report, 1.0 / tokens)
-        session.engine.step(1e-3, 1.0)
-        session.loader.mixer.observe(number, {})
 
-    return run
+def bare(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
+    """Our model in a plain loop: what is left when the loader, the engine, the loop and its logs are taken away."""
+    prepare_process(run_config(corpus, batch, length, threads), 1)
+    model = build_model(SHAPE, torch.device("cpu")).to_empty(device="cpu")
+    initialise(dict(model.named_parameters()), SHAPE, seed=0)
+    x = to_tensors(made_up_batch(0, SHAPE.vocabulary, Shape(length, batch)), torch.device("cpu"))
+    tokens = float(x["loss_weight"].sum())
+    return _plain_loop(
+        model,
+        lambda model, _: model(x["tokens"], x["positions"], x["doc_ids"], x["labels"], x["loss_weight"])[0].sum() / tokens,
+        batch,
+        length,
+    )
 
 
 def hugging_face(batch: int, length: int) -> Callable[[], None]:
@@ -165,7 +185,8 @@ def _serve(name: str, size: str, folder: str, batch: int, length: int, threads: 
     SHAPE = SHAPES[size]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    run = ours(corpus_for_timing(Path(folder)), batch, length, threads) if name == "regrowth" else PEERS[name](batch, length)
+    own = OURS.get(name)
+    run = own(corpus_for_timing(Path(folder)), batch, length, threads) if own else PEERS[name](batch, length)
     run()
     pipe.send(getattr(run, "parameters", SHAPE.parameters))
     while steps := pipe.recv():
@@ -178,6 +199,7 @@ def _serve(name: str, size: str, folder: str, batch: int, length: int, threads: 
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+OURS = {"regrowth": ours, "regrowth, bare": bare}
 PEERS = {"Hugging Face Llama": hugging_face, "litgpt": litgpt, "nanoGPT style": nano}
 
 
@@ -191,7 +213,7 @@ def main() -> None:
     arguments = parser.parse_args()
     batch, length, rounds = (4, 256, 4) if arguments.quick else (8, 256, 12)
     batch = arguments.batch or batch
-    names = ["regrowth", *(name for name in PEERS if name != "litgpt" or importlib.util.find_spec("litgpt"))]
+    names = [*OURS, *(name for name in PEERS if name != "litgpt" or importlib.util.find_spec("litgpt"))]
     if arguments.quick or arguments.size != "10m":
         names.remove("nanoGPT style")
     context = multiprocessing.get_context("spawn")

@@ -65,6 +65,10 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, precision: LinearPrecis
     return a.to(grad.dtype) @ b.to(grad.dtype).t()
 
 
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -76,7 +80,7 @@ class _InputGemm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.precision, ctx.cut = precision, cut.dgrad
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = _product_dtype(x)
         return precision.forward.a.emulate(x, cut.forward).to(dtype) @ precision.forward.b.emulate(weight, cut.forward).to(dtype).t()
 
     @staticmethod
@@ -92,7 +96,7 @@ class _WeightGemm(torch.autograd.Function):
     def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.precision, ctx.cut = precision, cut
-        return weight.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+        return weight.new_zeros((), dtype=_product_dtype(x)).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

@@ -61,25 +61,24 @@ def conformance(only: str, ranks: int, covering: bool, out: Path | None, listing
 
 def _here(cases: "list[Case]", console: Console) -> list[dict[str, Any]]:
     from regrowth.parallel.ranks import RankError, RankPool
-    from regrowth.pretrain.conformance import Setting, train
+    from regrowth.pretrain.conformance import train
 
     pools: dict[int, RankPool] = {}
-    references: dict[tuple[str, str], Outcome] = {}
+    references: dict[tuple[str, str, str], Outcome] = {}
     rows = []
     try:
         for case in track(cases, description="conformance", console=Console(stderr=True)):
             pool = pools.setdefault(case.plan.world_size, RankPool(case.plan.world_size, timeout_seconds=600))
             one = pools.setdefault(1, RankPool(1, timeout_seconds=600))
-            key = (case.model, case.recipe)
-            if key not in references:
-                references[key] = one.run(train, _reference(case))[0]
+            if case.trained not in references:
+                references[case.trained] = one.run(train, case.reference())[0]
             try:
-                outcome = pool.run(train, Setting(case.model, case.recipe, parallel=case.plan))[0]
+                outcome = pool.run(train, case.setting())[0]
             except RankError as error:
                 console.print(f"{case.name}: {str(error)[-1500:]}", style="red", markup=False)
                 rows.append({"plan": case.name, "ranks": case.plan.world_size, "over": ["failed"]})
                 continue
-            rows.append(_row(case, outcome, references[key]))
+            rows.append(_row(case, outcome, references[case.trained]))
     finally:
         for pool in pools.values():
             pool.close()
@@ -91,27 +90,17 @@ def _as_a_rank(cases: "list[Case]") -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from regrowth.parallel.mesh import choose_device, process_group
-    from regrowth.pretrain.config import RunSettings
-    from regrowth.pretrain.conformance import Setting, train
+    from regrowth.pretrain.conformance import train
 
     rows = []
     device = choose_device("auto")
-    run = RunSettings(seed=6, device="cuda" if device.type == "cuda" else "cpu")
     with process_group(device):
         for case in cases:
-            reference = train(_reference(case, run))  # each rank for itself
-            outcome = train(Setting(case.model, case.recipe, parallel=case.plan, run=run))
+            reference = train(case.reference(device.type))  # each rank for itself
+            outcome = train(case.setting(device.type))
             if dist.get_rank() == 0:
                 rows.append(_row(case, outcome, reference))
     return rows
-
-
-def _reference(case: "Case", run: Any = None) -> Any:
-    from regrowth.parallel.plan import ParallelPlan
-    from regrowth.pretrain.conformance import Setting
-
-    more = {} if run is None else {"run": run}
-    return Setting(case.model, case.recipe, parallel=ParallelPlan(micro_batch=4), **more)
 
 
 def _row(case: "Case", outcome: "Outcome", reference: "Outcome") -> dict[str, Any]:
@@ -124,7 +113,8 @@ def _row(case: "Case", outcome: "Outcome", reference: "Outcome") -> dict[str, An
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:
     names = ("first loss", "losses", "gradients", "validation")
-    table = Table("ranks", Column("plan", no_wrap=True), *names, "", title="largest relative deviation from one process", box=box.SIMPLE)
+    numbers = [Column(name.replace("first ", "first\n").replace("ation", "."), no_wrap=True, justify="right") for name in names]
+    table = Table("ranks", "plan", *numbers, "", title="largest relative deviation from one process", box=box.SIMPLE)
     for row in rows:
         cells = [f"{row[name]:.1e}" if name in row else "-" for name in names]
         table.add_row(

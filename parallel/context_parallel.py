@@ -48,75 +48,110 @@ class Places(NamedTuple):
     positions: torch.Tensor
 
 
+class Tile(NamedTuple):
+    """A band of this rank's queries and a chunk of another's keys of which some pair is visible."""
+
+    rows: slice
+    keys: slice
+
+
+class RingMask(NamedTuple):
+    """Every rank's places, and by rank the tiles that have to be computed; what is left out nobody sees."""
+
+    places: list[Places]
+    tiles: list[list[Tile]]
+
+
+_TILE_PAIRS = 1 << 21  # pairs of query and key in a tile, over all sequences: 8 MiB of fp32 scores a head
+
+
 class RingAttention:
-    """An attention core over a ring of ranks."""
+    """An attention core over a ring of ranks.
+
+    Scores are held tile by tile, never for all of a rank's queries; tiles behind every query of a band, or of documents that it has nothing of,
+    are not computed: under a causal mask alone that is half of them, on every rank alike.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def mask(self, doc_ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> list[Places]:
-        """The places of every rank's tokens: small, so they are gathered once for all layers."""
+    def mask(self, doc_ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> RingMask:
+        """The places of every rank's tokens are small, so they are gathered once for all layers; so is what is visible decided once."""
         both = all_gather(torch.stack((doc_ids_BT, positions_BT))[None], 0, self.group)
-        return [Places(docs, positions) for docs, positions in both.unbind(0)]
+        places = [Places(docs, positions) for docs, positions in both.unbind(0)]
+        mine, (batch, length) = places[self.group.rank()], doc_ids_BT.shape
+        chunk = (length + 1) // 2  # a rank has two; no band lies in both
+        rows = max(16, _TILE_PAIRS // (batch * chunk))
+        chunks = [slice(begin, min(begin + chunk, length)) for begin in range(0, length, chunk)]
+        bands = [slice(i, min(i + rows, part.stop)) for part in chunks for i in range(part.start, part.stop, rows)]
+        tiles = [Tile(band, keys) for band in bands for keys in chunks]
+        seen = [torch.stack([_seen(mine, theirs, tile).any() for tile in tiles]) for theirs in places]
+        needed = torch.stack(seen).tolist()  # all of it brought to the host at once
+        return RingMask(places, [[tile for tile, wanted in zip(tiles, row, strict=True) if wanted] for row in needed])
 
-    def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: list[Places]) -> torch.Tensor:
+    def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: RingMask) -> torch.Tensor:
         """[B, H, T, d] of this rank's queries, after every rank's keys."""
         return _Ring.apply(q_BHTd, k_BHTd, v_BHTd, mask, self.group)  # pyright: ignore[reportReturnType]
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: list[Places], group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.places, ctx.group = places, group
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: RingMask, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.mask, ctx.group = mask, group
         with torch.autocast(q.device.type, enabled=False):  # scores and sums are fp32
-            out, log_sum = _Ring._attend(q, k, v, places, group)
+            out, log_sum = _Ring._attend(q, k, v, mask, group)
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out.to(q.dtype)
 
     @staticmethod
     def _attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: list[Places], group: dist.ProcessGroup
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: RingMask, group: dist.ProcessGroup
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size, rank = group.size(), group.rank()
         out, log_sum = torch.zeros_like(q, dtype=torch.float32), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         held = torch.stack((k, v))
         for turn in range(size):
             coming = _Rotation(held, group) if turn < size - 1 else None  # while this turn computes
-            scores = _scores(q, held[0], places[rank], places[(rank - turn) % size])
-            if scores is not None:
-                here = torch.logsumexp(scores, dim=-1)
-                joined = torch.logaddexp(log_sum, here)
+            owner = (rank - turn) % size
+            for tile in mask.tiles[owner]:
+                rows = tile.rows
+                k_tile, v_tile = held[:, :, :, tile.keys]
+                scores = _scores(q[:, :, rows], k_tile, _seen(mask.places[rank], mask.places[owner], tile))
+                before = log_sum[:, :, rows]
+                joined = torch.logaddexp(before, torch.logsumexp(scores, dim=-1))
                 weights = (scores - _finite(joined)[..., None]).exp_()
-                out = out * (log_sum - _finite(joined)).exp_()[..., None] + _times_values(weights, held[1])
-                log_sum = joined
+                out[:, :, rows] = out[:, :, rows] * (before - _finite(joined)).exp_()[..., None] + _times_values(weights, v_tile)
+                log_sum[:, :, rows] = joined
             held = coming.wait() if coming else held
         return out, log_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with torch.autocast(grads[0].device.type, enabled=False):
-            return _Ring._gradients(ctx, grads[0])
+            return _Ring._gradients(ctx, grads[0].float())
 
     @staticmethod
-    def _gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
-        group, places, grad = ctx.group, ctx.places, grads[0].float()
+        group, mask = ctx.group, ctx.mask
         size, rank, scale = group.size(), group.rank(), q.shape[-1] ** -0.5
         delta = (grad * out).sum(dim=-1, keepdim=True)
         grad_q = torch.zeros_like(out)
         held, slopes = torch.stack((k, v)), torch.zeros((2, *k.shape), dtype=torch.float32, device=k.device)
         for turn in range(size):
             coming = _Rotation(held, group) if turn < size - 1 else None
-            scores = _scores(q, held[0], places[rank], places[(rank - turn) % size])
-            if scores is not None:
-                weights = (scores - _finite(log_sum)[..., None]).exp_()
-                pull = weights * (_grouped(grad, k.shape[1]) @ held[1][:, :, None].float().transpose(-1, -2)).flatten(1, 2).sub_(delta)
-                grad_q += _times_values(pull, held[0]) * scale
+            owner = (rank - turn) % size
+            for tile in mask.tiles[owner]:
+                rows, (k_tile, v_tile) = tile.rows, held[:, :, :, tile.keys]
+                q_rows, grad_rows = q[:, :, rows].float(), grad[:, :, rows]
+                scores = _scores(q_rows, k_tile, _seen(mask.places[rank], mask.places[owner], tile))
+                weights = (scores - _finite(log_sum[:, :, rows])[..., None]).exp_()
+                to_weights = (_grouped(grad_rows, k.shape[1]) @ v_tile[:, :, None].float().transpose(-1, -2)).flatten(1, 2)
+                pull = weights * to_weights.sub_(delta[:, :, rows])
+                grad_q[:, :, rows] += _times_values(pull, k_tile) * scale
                 # Query heads of one group share a key head: their contributions add up.
-                slopes[0] += (_grouped(pull, k.shape[1]).transpose(-1, -2) @ _grouped(q.float(), k.shape[1])).sum(2) * scale
-                slopes[1] += (_grouped(weights, k.shape[1]).transpose(-1, -2) @ _grouped(grad, k.shape[1])).sum(2)
+                slopes[0, :, :, tile.keys] += (_grouped(pull, k.shape[1]).transpose(-1, -2) @ _grouped(q_rows, k.shape[1])).sum(2) * scale
+                slopes[1, :, :, tile.keys] += (_grouped(weights, k.shape[1]).transpose(-1, -2) @ _grouped(grad_rows, k.shape[1])).sum(2)
             # The gradients travel with their keys, and after a whole round are home.
             slopes = _Rotation(slopes, group).wait()
             held = coming.wait() if coming else held
@@ -128,11 +163,15 @@ def _grouped(x_BHTd: torch.Tensor, key_heads: int) -> torch.Tensor:
     return x_BHTd.unflatten(1, (key_heads, -1))
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, mine: Places, theirs: Places) -> torch.Tensor | None:
-    """Masked scores fp32 [B, H, Tq, Tk]; None where no query sees any key (decided on the CPU only, where asking costs nothing)."""
-    seen = (mine.docs[:, :, None] == theirs.docs[:, None, :]) & (mine.positions[:, :, None] >= theirs.positions[:, None, :])
-    if not seen.is_cuda and not bool(seen.any()):
-        return None
+def _seen(mine: Places, theirs: Places, tile: Tile) -> torch.Tensor:
+    """Which of a tile's queries see which of its keys: bool [B, rows, keys]."""
+    rows, keys = tile
+    same = mine.docs[:, rows, None] == theirs.docs[:, None, keys]
+    return same & (mine.positions[:, rows, None] >= theirs.positions[:, None, keys])
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Masked scores fp32 [B, H, Tq, Tk]."""
     scores = (_grouped(q.float(), k.shape[1]) @ k[:, :, None].float().transpose(-1, -2)).flatten(1, 2) * q.shape[-1] ** -0.5
     return scores.masked_fill(~seen[:, None], -torch.inf)
 

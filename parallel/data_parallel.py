@@ -7,23 +7,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from regrowth.parallel.mesh import Mesh
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Module], mesh: Mesh) -> None:
+def shard(
+    model: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype | None = None
+) -> None:
     """Shard a model in place: each block as one unit, its experts as another where `ep` splits them, the rest as the last.
 
     Parameters become DTensors, names stay. With replicas, gradients are reduce-scattered within shards and all-reduced between replicas (HSDP).
+
+    Args:
+        dtype: of the weights that are gathered to compute with; the shards stay fp32 masters, and gradients are summed in fp32. None: fp32 too.
     """
     plan = mesh.plan
-    reshard = plan.reshard_after_forward if plan.reshard_after_forward is not None else plan.pp == 1
     options: dict[str, Any] = {
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if plan.offload else OffloadPolicy()
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if plan.offload else OffloadPolicy(),
+        # What goes into a block keeps its dtype: tables of angles and weights of tokens are fp32 for a reason.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False),
     }
     apart: set[nn.Parameter] = set()
     if plan.ep > 1:
@@ -32,12 +39,14 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Mo
         if size * plan.dp_replicate > 1:
             over = mesh.fsdp_mesh(experts=True)
             for module in experts:
-                fully_shard(module, mesh=over, reshard_after_forward=reshard, shard_placement_fn=_even_dim(size), **options)
+                fully_shard(module, mesh=over, reshard_after_forward=plan.reshards, shard_placement_fn=_even_dim(size), **options)
     if mesh.size("fsdp") * plan.dp_replicate > 1:
         over, place = mesh.fsdp_mesh(), _even_dim(mesh.size("fsdp"))
         for block in blocks:
             inside = apart & set(block.parameters())
-            fully_shard(block, mesh=over, reshard_after_forward=reshard, shard_placement_fn=place, ignored_params=inside or None, **options)
+            fully_shard(
+                block, mesh=over, reshard_after_forward=plan.reshards, shard_placement_fn=place, ignored_params=inside or None, **options
+            )
         fully_shard(model, mesh=over, shard_placement_fn=place, ignored_params=apart or None, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):

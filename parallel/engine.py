@@ -117,6 +117,7 @@ class NativeEngine:
     ) -> None:
         plan = mesh.plan
         self.plan, self.mesh, self.device, self.autocast = plan, mesh, mesh.device, autocast
+        self.stream_dtype = autocast or torch.float32  # of what goes from stage to stage
         self.data_ranks, self.data_rank = plan.data_ranks, mesh.data_rank
         self.forward_rows = plan.micro_batch * (micro_batches if plan.pp > 1 else 1)
         tp = TensorParallel(mesh.group("tp"), sequence=plan.sequence_parallel and plan.tp > 1)
@@ -162,7 +163,7 @@ class NativeEngine:
             for block in model.blocks():
                 block.compile()
         if self.plan.shards_weights > 1 or (self.plan.dp_replicate > 1 and self.plan.world_size > self.plan.dp_replicate):
-            shard(module, model.blocks(), model.expert_modules(), self.mesh)
+            shard(module, model.blocks(), model.expert_modules(), self.mesh, self.autocast)
         # Offloaded shards stay on the CPU; what is gathered of them comes to the device.
         module.to_empty(device="cpu" if self.plan.offload else self.device)
         if self.plan.offload:
@@ -217,7 +218,9 @@ class NativeEngine:
             if (group := self.mesh.group("pp")) is None:
                 nll = self.modules[0](part["tokens"], *(part[name] for name in INPUTS))[1]
             else:
-                nll = forward_only(self.plan, self.stages, _rows_of(part, self.plan.micro_batch), self.hidden, INPUTS, group)
+                nll = forward_only(
+                    self.plan, self.stages, _rows_of(part, self.plan.micro_batch), self.hidden, self.stream_dtype, INPUTS, group
+                )
         return self._over_context([self._from_last_stage(nll, part, report)])[0]
 
     def _through_the_pipeline(self, parts: Sequence[MicroBatch], report: Report) -> list[torch.Tensor]:
@@ -241,7 +244,7 @@ class NativeEngine:
 
     def _examples(self, number: int, hidden: tuple[int, ...], length: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """What goes into a stage and comes out, on the meta device."""
-        state = torch.empty(hidden, device="meta", requires_grad=True)
+        state = torch.empty(hidden, dtype=self.stream_dtype, device="meta", requires_grad=True)
         tokens = torch.empty(hidden[0], length, dtype=torch.int32, device="meta")
         losses = (torch.empty(1, device="meta", requires_grad=True), torch.empty(hidden[0], length, device="meta"))
         return (tokens if number == 0 else state,), losses if number == self.plan.stages - 1 else (state,)

@@ -30,7 +30,6 @@ class Heartbeat:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank, self._file = rank, (folder / f"rank-{rank}.beat").open("wb", buffering=0)
         self._host = socket.gethostname()
-
         if rank == 0:  # of an earlier start with more ranks
             for path in folder.glob("rank-*.beat"):
                 if int(path.stem.removeprefix("rank-")) >= world_size:

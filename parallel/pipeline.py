@@ -116,6 +116,7 @@ def forward_only(
     modules: dict[int, nn.Module],
     micro_batches: Sequence[dict[str, torch.Tensor]],
     hidden: tuple[int, ...],
+    dtype: torch.dtype,
     inputs: Sequence[str],
     group: dist.ProcessGroup,
 ) -> torch.Tensor | None:
@@ -123,6 +124,7 @@ def forward_only(
 
     Args:
         hidden: the shape of one sequence between stages.
+        dtype: of it.
         inputs: the keys of a micro-batch that every stage takes besides its input.
     """
     owner = {stage: rank for rank in range(plan.pp) for stage in stages_of_rank(plan, rank)}
@@ -136,7 +138,7 @@ def forward_only(
             elif owner[stage - 1] == owner[stage]:
                 x = taken[number]
             else:
-                x = torch.empty(len(part["tokens"]), *hidden, device=part["tokens"].device)
+                x = torch.empty(len(part["tokens"]), *hidden, dtype=dtype, device=part["tokens"].device)
                 dist.recv(x, src=dist.get_global_rank(group, owner[stage - 1]), group=group)
             out = module(x, *(part[name] for name in inputs))
             if stage == plan.stages - 1:

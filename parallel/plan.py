@@ -62,11 +62,9 @@ class ParallelPlan(Settings):
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"] = "1f1b"
     stages_per_rank: Size | None = None  # with pp; None: the least that the schedule takes
     stage_layers: list[Annotated[int, Field(ge=0)]] | None = None  # layers of each stage; None: balanced by cost
-    reshard_after_forward: bool | None = None  # with dp_shard: free gathered weights until the backward pass; None: yes, but not under pp
+    reshard_after_forward: bool | None = None  # with dp_shard: free gathered weights until the backward pass; None: unless under pp
     offload: bool = False  # with dp_shard: keep weights, gradients and moments in the host's memory
-    recompute: Literal["none", "full", "selective"] = (
-        "none"  # compute activations again in the backward pass; selective keeps matrix products
-    )
+    recompute: Literal["none", "full", "selective"] = "none"  # activations, in the backward pass; selective keeps matrix products
     recompute_every: Size = 1  # of the layers, recompute every n-th
     compile: bool = False  # torch.compile each block
 
@@ -105,6 +103,11 @@ class ParallelPlan(Settings):
     def shards_weights(self) -> int:
         """Ranks over which FSDP2 shards weights: those of dp_shard and of cp."""
         return self.dp_shard * self.cp
+
+    @property
+    def reshards(self) -> bool:
+        """Whether FSDP frees gathered weights after the forward pass; a pipeline's many micro-batches would gather them anew each time."""
+        return self.pp == 1 if self.reshard_after_forward is None else self.reshard_after_forward
 
     def check_batch(self, global_batch: int) -> None:
         """A step's sequences must fall evenly on ranks.
@@ -157,6 +160,7 @@ def _reasons(plan: ParallelPlan, model: ModelDims, length: int, global_batch: in
     if plan.engine == "deepspeed":
         asked = [f"parallel.{axis} = {getattr(plan, axis)}" for axis in ("cp", "tp", "pp", "ep") if getattr(plan, axis) > 1]
         asked += [f"parallel.{key} = true" for key in ("offload", "compile") if getattr(plan, key)]
+        asked += [] if plan.reshard_after_forward is None else ["parallel.reshard_after_forward"]
         checks.append((bool(asked), f'{", ".join(asked)}: parallel.engine = "deepspeed" splits data only'))
     if plan.tp > 1:
         for what, size in {"model.heads": model.heads, "model.kv_heads": model.kv_heads, "model.vocabulary": model.vocabulary,
@@ -173,32 +177,19 @@ def _reasons(plan: ParallelPlan, model: ModelDims, length: int, global_batch: in
         checks.append((plan.stages > model.layers, f"{plan.stages} pipeline stages (parallel.pp = {plan.pp} x {plan.held_stages} a rank) "
                        f"are more than model.layers = {model.layers}"))  # fmt: skip
         if plan.stage_layers is not None:
-            checks.append(
-                (
-                    sum(plan.stage_layers) != model.layers,
-                    f"parallel.stage_layers sums to {sum(plan.stage_layers)}, model.layers is {model.layers}",
-                )
-            )
+            held = sum(plan.stage_layers)
+            checks.append((held != model.layers, f"parallel.stage_layers sums to {held}, model.layers is {model.layers}"))
             checks.append((0 in plan.stage_layers[1:-1], "parallel.stage_layers: only the first and the last stage may be without layers"))
-        late = ("interleaved_zero_bubble", *V_SCHEDULES)
-        checks.append(
-            (
-                plan.recompute != "none" and plan.schedule in late,
-                f'parallel.recompute = "{plan.recompute}": schedule "{plan.schedule}" runs '
-                "a backward pass in two parts, which recomputation cannot",
-            )
-        )
+        in_two_parts = plan.schedule in ("interleaved_zero_bubble", *V_SCHEDULES)
+        checks.append((in_two_parts and plan.recompute != "none", f'parallel.recompute = "{plan.recompute}": schedule "{plan.schedule}" runs '
+                       "a backward pass in two parts, which recomputation cannot"))  # fmt: skip
         unit = plan.data_ranks * plan.micro_batch
         if global_batch % unit == 0:
             count = global_batch // unit
             rounds = max(1, count // plan.pp)
             if plan.schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
-                checks.append(
-                    (
-                        count % rounds != 0,
-                        f'schedule "{plan.schedule}" needs micro-batches ({count} of a step) in full rounds of parallel.pp = {plan.pp}',
-                    )
-                )
+                checks.append((count % rounds != 0, f'schedule "{plan.schedule}" needs micro-batches ({count} of a step) in full rounds of '
+                               f"parallel.pp = {plan.pp}"))  # fmt: skip
             least = {"1f1b": plan.pp, "dualpipev": plan.stages}.get(plan.schedule, 1)
             checks.append((count < least, f'schedule "{plan.schedule}" needs at least {least} micro-batches a step; there are {count}'))
         else:
@@ -207,12 +198,8 @@ def _reasons(plan: ParallelPlan, model: ModelDims, length: int, global_batch: in
         checks.append((True, f"loader.global_batch = {global_batch} is not divisible by the {plan.data_ranks} data ranks"))
     if plan.offload and plan.engine == "native":
         sharded = plan.shards_weights > 1 and (plan.ep == 1 or plan.shards_weights > plan.ep)
-        checks.append(
-            (
-                not sharded,
-                "parallel.offload keeps shards in the host's memory; with this plan weights or experts are not sharded (dp_shard x cp > ep is needed)",
-            )
-        )
+        checks.append((not sharded, "parallel.offload keeps shards in the host's memory; with this plan weights or experts are not sharded "
+                       "(dp_shard x cp > ep is needed)"))  # fmt: skip
     if plan.ep > 1:
         checks.append((model.expert_count == 0, f"parallel.ep = {plan.ep}: the model has no experts (model.moe)"))
         if model.expert_count:

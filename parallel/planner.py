@@ -95,7 +95,7 @@ def predict(
     slices = plan.tp * plan.pp  # of the weights, before FSDP shards them
     states = 16.0 * model.parameters / (slices * plan.shards_weights)
     if plan.shards_weights > 1:
-        gathered = layers / plan.pp if gathered_once(plan) else 2  # all of a stage, or the unit at work and the next
+        gathered = layers / plan.pp if not plan.reshards else 2  # all of a stage, or the unit at work and the next
         states += 4.0 * model.parameters / (layers * plan.tp) * gathered
     tokens = plan.micro_batch * sequence_length / plan.cp
     micro_steps = max(1, -(-global_batch // (plan.data_ranks * plan.micro_batch)))
@@ -119,7 +119,7 @@ def predict(
     link = cluster.link_gbytes_per_second if plan.world_size <= cluster.devices_per_node else cluster.network_gbytes_per_second
     moved = 0.0
     if plan.shards_weights > 1:  # two gathers of the weights per micro-batch, one scatter of the gradients per step
-        gathers = 1 if gathered_once(plan) else 2 * micro_steps
+        gathers = 2 * micro_steps if plan.reshards else 1
         moved += 4.0 * model.parameters / slices * (plan.shards_weights - 1) / plan.shards_weights * (gathers + 1)
     if plan.dp_replicate > 1:
         moved += 2 * 4.0 * model.parameters / (slices * plan.shards_weights) * (plan.dp_replicate - 1) / plan.dp_replicate
@@ -130,8 +130,3 @@ def predict(
     if plan.pp > 1:
         moved += 2 * tokens * model.width * bytes_per_value * micro_steps * plan.held_stages / (plan.tp if plan.sequence_parallel else 1)
     return Prediction(states, activations, compute, moved / (link * 1e9), cluster.memory_gib * 2**30)
-
-
-def gathered_once(plan: ParallelPlan) -> bool:
-    """Whether FSDP gathers a stage's weights once a step and keeps them."""
-    return plan.pp > 1 if plan.reshard_after_forward is None else not plan.reshard_after_forward

@@ -29,9 +29,7 @@ class RunSettings(Settings):
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     deterministic: bool = False  # refuse operations that are not
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # for which a rank waits for the others in a step
-    collect_every: Annotated[int, Field(ge=0)] = (
-        100  # steps between Python's garbage collections, the same on all ranks; 0: whenever Python likes
-    )
+    collect_every: Annotated[int, Field(ge=0)] = 100  # steps between Python's garbage collections; 0: whenever Python likes
     profile_from: Annotated[int, Field(ge=0)] | None = None  # the first of `profile_steps` that are profiled
     profile_steps: Count = 3
     peak_tflops: float | None = None  # of one device in the run's dtype; None: from a table of known GPUs, for MFU

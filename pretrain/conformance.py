@@ -18,7 +18,7 @@ from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import RECIPES
 from regrowth.parallel.dtensor import full_tensor
 from regrowth.parallel.engine import Engine, MicroBatch, NativeEngine, Report
-from regrowth.parallel.mesh import Mesh
+from regrowth.parallel.mesh import Mesh, choose_device
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint
@@ -56,6 +56,7 @@ MODELS: dict[str, ModelConfig] = {
     "deep": ModelConfig(**{**_SMALL, "layers": 8}, tied=False),
     "moe": ModelConfig(**_SMALL, tied=False, moe=MoEConfig(**_MOE)),
     "moe_sigmoid": ModelConfig(**_SMALL, tied=True, moe=MoEConfig(**{**_MOE, "gate": "sigmoid", "balance_loss": 0.0, "bias_rate": 1e-3})),
+    "moe_many": ModelConfig(**_SMALL, tied=False, moe=MoEConfig(**{**_MOE, "experts": 16, "top_k": 1})),
     "moe_capacity": ModelConfig(**_SMALL, tied=False, moe=MoEConfig(**{**_MOE, "capacity": 1.0, "pattern": ["moe"]})),
 }
 
@@ -115,7 +116,7 @@ def made_up_batch(step: int, vocabulary: int, shape: Shape, seed: int = 1) -> Ba
 
 def train(setting: Setting) -> Outcome:
     """Train a few steps under the setting's plan; collective over its ranks."""
-    device = torch.device(setting.run.device if setting.run.device != "auto" else "cpu")
+    device = choose_device(setting.run.device)
     mesh, model = Mesh(setting.parallel, device), MODELS[setting.model]
     engine = build_engine(setting, model, mesh)
     recipe = RECIPES[setting.recipe]
@@ -150,7 +151,7 @@ def document_losses(setting: Setting, changed: int | None) -> torch.Tensor:
     Args:
         changed: the number of the document that gets other tokens in every sequence; None leaves all as they are.
     """
-    device = torch.device("cpu")
+    device = choose_device(setting.run.device)
     mesh, model = Mesh(setting.parallel, device), MODELS[setting.model]
     batch = made_up_batch(0, model.vocabulary, setting.loader)
     if changed is not None:
@@ -159,7 +160,7 @@ def document_losses(setting: Setting, changed: int | None) -> torch.Tensor:
         batch.labels[inside] = (batch.labels[inside] + 1) % model.vocabulary
 
     def by_document(nll_BT: torch.Tensor, part: MicroBatch) -> torch.Tensor:
-        sums = torch.zeros(len(nll_BT), setting.loader.sequence_length + 1, dtype=torch.float64)
+        sums = torch.zeros(len(nll_BT), setting.loader.sequence_length + 1, dtype=torch.float64, device=device)
         return sums.scatter_add_(1, part["doc_ids"].long() + 1, (nll_BT * part["loss_weight"]).double())
 
     return run_forward(build_engine(setting, model, mesh), batch, by_document, device)
@@ -219,7 +220,7 @@ def _largest(values: Iterable[float]) -> float:
 
 def continue_elsewhere(setting: Setting, folder: Path, save: bool, steps: int) -> list[float]:
     """Losses of `steps` steps after which a checkpoint is saved to `folder`, or with which training goes on from the one there; collective."""
-    device = torch.device(setting.run.device if setting.run.device != "auto" else "cpu")
+    device = choose_device(setting.run.device)
     mesh, model = Mesh(setting.parallel, device), MODELS[setting.model]
     engine = build_engine(setting, model, mesh)
     if not save:

@@ -165,6 +165,8 @@ class Transformer(nn.Module):
         if self.first:
             assert self.embed is not None
             x = self.parallel.tp.embed(x, self.embed.weight)
+            if torch.is_autocast_enabled(x.device.type):  # the residual stream is in the dtype of the products that are added to it
+                x = x.to(torch.get_autocast_dtype(x.device.type))
         for name, block in self.layers.items():
             x = self._run(block, int(name), x, cos, sin, mask, valid_BT, self.attend)
         if self.norm is None:

@@ -14,6 +14,7 @@ PLANS = {
     "one": {},
     "dp_replicate": {"dp_replicate": 2},
     "dp_shard": {"dp_shard": 4},
+    "hsdp": {"dp_replicate": 2, "dp_shard": 2},
     "tp": {"tp": 2},
     "pp": {"pp": 2},
     "pp v": {"pp": 2, "schedule": "zbv_zero_bubble"},

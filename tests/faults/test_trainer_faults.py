@@ -76,7 +76,7 @@ def test_outliers_are_told_from_slow_changes() -> None:
 
 def spoil(folder: Path, corpus: Path, at: int, count: int) -> None:
     """Train with weights that are blown up before step `at`, `count` times."""
-    step = trainer.Trainer._step
+    step = trainer.Trainer.train_step
     left = [count]
 
     def spoiling(self: trainer.Trainer, number: int) -> None:
@@ -88,11 +88,11 @@ def spoil(folder: Path, corpus: Path, at: int, count: int) -> None:
                         weight.mul_(30.0)
         step(self, number)
 
-    trainer.Trainer._step = spoiling  # type: ignore[method-assign]
+    trainer.Trainer.train_step = spoiling  # type: ignore[method-assign]
     try:
         trainer.train(folder, corpus)
     finally:
-        trainer.Trainer._step = step  # type: ignore[method-assign]
+        trainer.Trainer.train_step = step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_out_of_memory_tells_where_it_went_and_what_helps(documents: Path, tmp_p
     program = f"""
 import resource, sys
 from regrowth.pretrain import train as t
-step = t.Trainer._step
+step = t.Trainer.train_step
 def limited(self, n):
     used = int(open("/proc/self/statm").read().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))
     step(self, n)
-t.Trainer._step = limited
+t.Trainer.train_step = limited
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.pretrain.config import load_config
 from regrowth.pretrain.run_folder import RunFolder

@@ -1,0 +1,349 @@
+"""The loop, as one rank runs it.
+
+A step: draw the global batch (the same on every rank), take this rank's share, forward and backward over micro-batches, one update. The loss
+is weighted by token over the whole global batch, never a mean of means.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from regrowth.data_pipeline.batch import split_sample_id
+from regrowth.data_pipeline.corpus import Corpus
+from regrowth.errors import RegrowthError, RunFailed, Stopped
+from regrowth.parallel.agree import barrier, on_first_rank
+from regrowth.parallel.heartbeat import Heartbeat
+from regrowth.parallel.mesh import Mesh
+from regrowth.pretrain.background import BackgroundSaver, Saved
+from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, prune, set_aside
+from regrowth.pretrain.config import GrowthEvent, RunConfig
+from regrowth.pretrain.evaluate import evaluate, heldout, total
+from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
+from regrowth.pretrain.loss import to_tensors, training_report
+from regrowth.pretrain.memory import is_out_of_memory
+from regrowth.pretrain.memory import letter as memory_letter
+from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
+from regrowth.pretrain.moe import balance, router_rows
+from regrowth.pretrain.profile import Profile
+from regrowth.pretrain.run_folder import RunFolder
+from regrowth.pretrain.safety import StepGuard
+from regrowth.pretrain.schedule import lr_factor
+from regrowth.pretrain.session import Session
+
+
+class Trainer:
+    """One rank's view of a run.
+
+    Args:
+        asked_to_stop: whether this rank was asked to; any rank's answer stops all of them after the step, with a checkpoint.
+    """
+
+    def __init__(self, run: RunFolder, config: RunConfig, corpus: Corpus, mesh: Mesh, rank: int, asked_to_stop: Callable[[], bool]) -> None:
+        self.run, self.config, self.corpus = run, config, corpus
+        self.mesh, self.device, self.rank, self.asked_to_stop = mesh, mesh.device, rank, asked_to_stop
+        self.recipe = config.precision.build()
+        self.metrics = MetricsWriter(run) if rank == 0 else None
+        self.guard = StepGuard(config.safety)
+        self.heart = Heartbeat(run.path / "logs", rank, config.parallel.world_size)
+        self.saver = BackgroundSaver(config.parallel.world_size, config.run.timeout_seconds)
+        self.told_recipe = ""
+        self.rewound_to = -1
+        checkpoint = on_first_rank(self._where_to_start)
+        self.saved_at = -1
+        self.session = Session(config, corpus, mesh, checkpoint)
+        if checkpoint:
+            self.saved_at = self.session.step
+            self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
+        else:
+            self._event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
+
+    def run_to_the_end(self) -> None:
+        """Steps, and between them growths, evaluations and checkpoints."""
+        steps, done = self.config.run.steps, self.session.step
+        every = self.config.run.collect_every
+        if every:
+            gc.disable()  # a collection on one rank makes all the others wait; all of them collect at the same steps
+        try:
+            with Profile(self.config.run, self.run.path, self.rank, self.device) as profile:
+                while done < steps:
+                    if event := self._growth_due(done):
+                        self._grow(event)
+                    try:
+                        self.train_step(done)
+                    except (RuntimeError, MemoryError) as error:
+                        if is_out_of_memory(error):
+                            told = memory_letter(self.session.engine, self.config.parallel, self.rank, done, self.device)
+                            raise RunFailed(f"{self.run.path}: {told}") from error
+                        raise
+                    done += 1
+                    profile.step(done)
+                    if self.guard.spoilt:
+                        done = self._rewind(done)
+                        continue
+                    if done % self.config.evaluation.every == 0 and done < steps:
+                        self._evaluate(done, self.config.evaluation.sequences_per_domain)
+                    # Amid outliers nothing is saved, and so nothing from before them is removed.
+                    if (done % self.config.checkpoint.every == 0 and not self.guard.in_a_row) or done == steps:
+                        self._save(done, wait=done == steps)
+                    if every and done % every == 0:
+                        gc.collect()
+            if not self.run.finished:
+                self._save(done, wait=True)
+                self._evaluate(done, self.config.evaluation.final_sequences_per_domain, final=True)
+                barrier()
+                self._event("finished", step=done)
+        except RegrowthError:
+            with suppress(RegrowthError):
+                self.saver.wait()  # the checkpoint on its way is as good as any
+            raise
+        finally:
+            gc.enable()
+            if self.metrics:
+                self.metrics.close()
+
+    def _where_to_start(self) -> Path | None:
+        checkpoint, refused = newest_whole(self.run.path)
+        for letter in refused:
+            self._event("checkpoint refused", reason=letter, used=checkpoint.name if checkpoint else "none, from the start")
+        set_aside(self.run.path, newer_than=checkpoint)
+        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        if self.run.rows("metrics"):
+            self._event("resumed", step=step, checkpoint=checkpoint.name if checkpoint else None)
+        self.run.rewind(step)
+        return checkpoint
+
+    def train_step(self, step: int) -> None:
+        """Draw, train, update, and write down what happened.
+
+        Raises:
+            Stopped: on request, after a checkpoint.
+            RunFailed: outliers without end, or a checkpoint that could not be written.
+        """
+        began = time.perf_counter()
+        session, engine, config = self.session, self.session.engine, self.config
+        recipe = self.recipe.at(step, config.run.steps)
+        session.use_precision(recipe)
+        if recipe.name != self.told_recipe:
+            self._event("precision", step=step, recipe=recipe.name)
+            self.told_recipe = recipe.name
+
+        ids = session.loader.plan_step(step)
+        share = len(ids) // engine.data_ranks
+        self.heart.beat(step, "data")
+        batch = session.loader.build(ids[engine.data_rank * share : (engine.data_rank + 1) * share])
+        size = config.parallel.micro_batch
+        micro_batches = [to_tensors(batch.slice(i, min(i + size, share)), self.device) for i in range(0, share, size)]
+
+        tokens, asked = self._exchange(float(batch.loss_weight.sum()))
+        self.heart.beat(step, "forward and backward")
+        reports = engine.forward_backward(micro_batches, training_report, scale=1.0 / max(tokens, 1.0))
+        growths = session.lineage.growth_steps
+        lr = config.optimizer.lr * lr_factor(config.schedule, step, config.run.steps, growths)
+        sums = engine.gather(torch.cat(reports)).cpu().numpy()  # [global batch, 2], in the batch's order on every rank
+        loss = float(sums[:, 0].sum() / max(sums[:, 1].sum(), 1.0))
+        self.heart.beat(step, "update")
+        # An outlier of a loss makes no update, whatever its gradient.
+        limit = self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
+        norm = engine.step(lr, config.optimizer.clip, limit)
+        updated = norm < math.inf and norm <= limit
+        routed = balance(engine.modules, session.model_config, self.mesh, move=updated)
+        decision = session.loader.mixer.observe(step, self._domain_losses(ids, sums))
+        self._account(ids, int(tokens))
+        self._guard(step, loss, norm, updated)
+        if self.metrics:
+            row = self._row(step, loss, lr, norm, int(tokens), decision, time.perf_counter() - began)
+            if routed:
+                row["routers"] = router_rows(routed, session.model_config)
+            self.metrics.step(row, decision)
+        if asked:
+            self._save(step + 1, wait=True)
+            self._event("stopped", step=step + 1)
+            raise Stopped(
+                f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}"
+            )
+
+    def _domain_losses(self, ids: list[int], sums: np.ndarray) -> dict[int, float]:
+        """Mean loss of each domain of the step, summed in unit order in fp64, the same on every rank and for every number of ranks."""
+        domain = np.array([split_sample_id(s)[0] for s in ids])
+        return {int(d): float(sums[domain == d, 0].sum() / max(sums[domain == d, 1].sum(), 1.0)) for d in np.unique(domain)}
+
+    def _account(self, ids: list[int], tokens: int) -> None:
+        """Write what the step consumed into the lineage."""
+        lineage, model = self.session.lineage, self.session.model_config
+        by_domain = dict(lineage.tokens_by_domain)
+        for sample in ids:
+            name = self.corpus.domains[split_sample_id(sample)[0]]
+            by_domain[name] = by_domain.get(name, 0) + self.config.loader.sequence_length
+        flops = lineage.train_flops + float(tokens) * model.train_flops_per_token(self.config.loader.sequence_length)
+        changes = {"run": self.run.path.name, "step": lineage.step + 1, "tokens": lineage.tokens + tokens}
+        self.session.lineage = lineage.model_copy(update={**changes, "train_flops": flops, "tokens_by_domain": by_domain})
+
+    def _row(self, step: int, loss: float, lr: float, norm: float, tokens: int, decision: dict[str, Any], seconds: float) -> dict[str, Any]:
+        domains = self.corpus.domains
+        rate = tokens / seconds
+        flops = self.session.model_config.train_flops_per_token(self.config.loader.sequence_length)
+        return {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": model_flops_utilization(rate * flops, self.config, self.device),
+            "domain_loss": {domains[int(d)]: x for d, x in decision["losses"].items()},
+            "mixture": dict(zip(domains, decision["probabilities"], strict=True)),
+            "precision": self.session.recipe.name,
+            "layers": self.session.model_config.layers,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+
+    def _exchange(self, tokens: float) -> tuple[float, bool]:
+        """One small exchange before a step: how many tokens the global batch trains on, and whether any rank was asked to stop.
+
+        Raises:
+            RunFailed: on all ranks, if the checkpoint on its way could not be written by one of them.
+        """
+        if (saved := self.saver.finished()) is not None:
+            self._note_saved(saved)
+        plan = self.config.parallel
+        copies = plan.world_size // plan.data_ranks  # ranks that read the same sequences
+        mine = torch.tensor(
+            [tokens / copies, float(self.asked_to_stop()), float(self.saver.failed)], dtype=torch.float64, device=self.device
+        )
+        if plan.world_size > 1:
+            torch.distributed.all_reduce(mine)
+        tokens, asked, failed = mine.tolist()
+        if failed:
+            self.saver.wait()  # raises where it failed
+            raise RunFailed(f"{self.run.path}: a checkpoint could not be written on another rank. Older checkpoints are intact.")
+        return round(tokens, 6), asked > 0
+
+    def _guard(self, step: int, loss: float, norm: float, updated: bool) -> None:
+        guard, limits = self.guard, (self.guard.loss_limit, self.guard.norm_limit)
+        guard.observe(loss, norm, updated)
+        if updated:
+            return
+        finite = math.isfinite(norm)
+        reason = (
+            "not finite" if not finite else f"loss above {limits[0]:.4g}" if loss > limits[0] else f"gradient norm above {limits[1]:.4g}"
+        )
+        self._event("skipped step", step=step, reason=f"{reason}; no update was made", loss=loss, norm=str(norm), in_a_row=guard.in_a_row)
+        if guard.in_a_row >= self.config.safety.give_up_after:
+            what = "the gradient was not finite" if not finite else "loss or gradient norm was an outlier"
+            raise RunFailed(f"{self.run.path}: {what} for {guard.in_a_row} steps in a row (last: step {step}). Lower optimizer.lr "
+                            "or use a wider precision.recipe, and resume; the checkpoints before are intact.")  # fmt: skip
+
+    def _rewind(self, step: int) -> int:
+        """Return to the newest checkpoint from before the outliers began, with the loader where it is now: the data in between is not read again."""
+        first = step - self.guard.in_a_row
+        if self.rewound_to >= 0 and self.session.step == self.rewound_to:  # that one did not help: further back
+            first = min(first, self.rewound_to - 1)
+        self._settle()
+        checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
+        on_first_rank(lambda: set_aside(self.run.path, newer_than=checkpoint) if checkpoint else None)
+        if checkpoint is None:
+            self.guard.rewinds = self.config.safety.rewind_limit
+            self._event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
+            return step
+        rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors
+        del self.session
+        self.session = Session(self.config, self.corpus, self.mesh, checkpoint)
+        self.session.loader.cursors = cursors
+        self.guard.load_state_dict({**self.session.trainer_state.get("guard", {}), "in_a_row": 0, "rewinds": rewinds})
+        self.rewound_to = back = self.session.step
+        if self.rank == 0:
+            self.run.rewind(back)
+        self._event(
+            "rewound",
+            step=step,
+            to=back,
+            rewinds=rewinds,
+            reason=f"outliers since step {first}; the data of steps {back} to {step - 1} is skipped",
+        )
+        self.saved_at = -1
+        self._save(back, wait=True)  # with the loader where it is, so that a resume does not read the skipped data either
+        return back
+
+    def _growth_due(self, step: int) -> GrowthEvent | None:
+        done = self.session.lineage.growth_steps
+        return next((event for event in self.config.growth if event.at_step == step and step not in done), None)
+
+    def _grow(self, event: GrowthEvent) -> None:
+        step, before = event.at_step, self.session.model_config
+        self._evaluate(step, self.config.evaluation.sequences_per_domain)
+        self._save(step, wait=True)
+        source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
+        operator = build_operator(event.op, factor=event.factor)
+        on_first_rank(lambda: _grow_again(source, target, operator))
+        del self.session  # free the small model before the large one is built
+        self.session = Session(self.config, self.corpus, self.mesh, target)
+        self.guard.forget()
+        after = self.session.model_config
+        self._event(
+            "growth",
+            step=step,
+            **operator.describe(),
+            layers=[before.layers, after.layers],
+            parameters=[before.parameters, after.parameters],
+        )
+        self._evaluate(step, self.config.evaluation.sequences_per_domain, note="after growth")
+
+    def _save(self, step: int, wait: bool = False) -> None:
+        """Begin to write a checkpoint of this moment, and with `wait` see it stand."""
+        if self.saved_at != step:
+            self.heart.beat(step, "checkpoint")
+            session, engine = self.session, self.session.engine
+            state = session.state(step, self.guard.state_dict())
+            before = self.saver.start(checkpoint_path(self.run.path, step), step, engine.weights(), engine.moments(), state)
+            self.saved_at = step
+            if before is not None:
+                self._note_saved(before)
+        if wait or not self.config.checkpoint.background:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Until no checkpoint is on its way."""
+        if (saved := self.saver.wait()) is not None:
+            self._note_saved(saved)
+        barrier()
+
+    def _note_saved(self, saved: Saved) -> None:
+        if self.rank == 0:
+            prune(self.run.path, self.config.checkpoint.keep)
+        self._event(
+            "checkpoint", step=saved.step, path=saved.path.name, seconds=round(saved.write_seconds, 3), stall=round(saved.stall_seconds, 3)
+        )
+
+    def _evaluate(self, step: int, per_domain: int, final: bool = False, note: str = "") -> None:
+        batch = heldout(self.corpus, self.config.loader.sequence_length, per_domain)
+        engine = self.session.engine
+        scores = evaluate(engine, batch, self.corpus, self.device)
+        if self.rank == 0:
+            overall = total(scores, self.corpus)
+            row = {"step": step, "final": final, "note": note, "bits_per_byte": overall.bits_per_byte, "loss": overall.loss,
+                   "domains": {d: {"bits_per_byte": s.bits_per_byte, "loss": s.loss, "bytes": s.bytes_} for d, s in scores.items()}}  # fmt: skip
+            known = {(r["step"], r["note"], r["final"]) for r in self.run.rows("evaluations")}
+            if (step, note, final) in known:  # measured before a stop, and again on the way from the same checkpoint
+                return
+            self.run.log("evaluations", row)
+            assert self.metrics
+            self.metrics.evaluation(row)
+
+    def _event(self, event: str, **details: Any) -> None:
+        if self.rank == 0:
+            self.run.log("events", {"event": event, "time": time.time(), **details})
+
+
+def _grow_again(source: Path, target: Path, operator: Any) -> None:
+    import shutil
+
+    shutil.rmtree(target, ignore_errors=True)  # one that stands here was refused, or the run would have started from it
+    grow_checkpoint(source, target, operator)
