@@ -20,7 +20,7 @@ TWO = {"parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 5,
 def undisturbed(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_config(folder / "c.toml", documents, folder, run={"steps": 400}, **TWO)
+    config = write_config(folder / "c.toml", documents, folder, run={"steps": 60}, **TWO)
     assert regrowth("train", config).returncode == 0
     return losses(only_run(folder))
 
@@ -43,7 +43,7 @@ def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
 def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(
     rank: int, undisturbed: list[float], documents: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 400}, **TWO)
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 12, launcher)
     os.kill(workers(launcher)[rank], signal.SIGKILL)
@@ -58,7 +58,7 @@ def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(undisturbed: list[float], documents: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 400}, **TWO)
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 7, launcher)
     launcher.send_signal(signal.SIGINT)
@@ -162,7 +162,7 @@ def test_ctrl_c_while_data_is_prepared_keeps_what_is_done(tmp_path: Path) -> Non
     """SIGINT to the whole process group, as a terminal sends it."""
     from tests.conftest import prose, small_data_values, write_jsonl
 
-    for i in range(40):
+    for i in range(80):
         write_jsonl(tmp_path / f"in/f{i:02d}.jsonl", [{"text": prose(1000 * i + j, 40), "domain": "p"} for j in range(150)])
     data = {**small_data_values(tmp_path / "in", tmp_path / "prepared"), "workers": 2}
     config = write_config(tmp_path / "c.toml", tmp_path / "in", tmp_path, data=data)

@@ -115,6 +115,7 @@ def test_slurm_arrays_make_the_same_corpus_through_a_killed_task(cluster: Path, 
     assert "finished already" in again.stdout
 
 
+@pytest.mark.slow
 def test_slurm_says_when_too_much_failed(cluster: Path, source: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, source)
     words = tmp_path / "words.txt"
