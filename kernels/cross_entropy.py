@@ -52,12 +52,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label = labels[rows].long() - first
             here = (label >= 0) & (label < weight.shape[0])
             index = label.clamp(0, weight.shape[0] - 1)[:, None]
-            log_z = _exp_in_place(logits, label_logit := torch.where(here, logits.gather(1, index)[:, 0], 0.0), group)
+            sums, log_z = _exp_in_place(logits, label_logit := torch.where(here, logits.gather(1, index)[:, 0], 0.0), group)
             nll[rows] = log_z - label_logit
             total += (weigh * (nll[rows] + z_loss * log_z.square())).sum()
             if grad_hidden is not None and grad_weight is not None:
-                # d/dlogit = weight * ((1 + 2 z log Z) softmax - onehot); `logits` holds the softmax by now.
-                logits.mul_((weigh * (1 + 2 * z_loss * log_z))[:, None])
+                # d/dlogit = weight * ((1 + 2 z log Z) softmax - onehot); the softmax is what `logits` holds over its sums.
+                logits.mul_((weigh * (1 + 2 * z_loss * log_z) / sums)[:, None])
                 logits.scatter_add_(1, index, torch.where(here, -weigh, 0.0)[:, None])
                 slope = logits.to(dtype)
                 grad_hidden[rows] = slope @ matrix
@@ -74,8 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), *[None] * 6
 
 
-def _exp_in_place(logits: torch.Tensor, label_logit: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Turn logits [n, V] into their softmax in place; returns log Z [n]. In a group, over all ranks' logits, and `label_logit` is summed too."""
+def _exp_in_place(logits: torch.Tensor, label_logit: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn logits [n, V] into exp(logits - peak) in place; returns their sums [n] and log Z [n]. In a group, all ranks' logits are summed over,
+    and `label_logit` too."""
     peak = logits.amax(dim=1)
     if group is not None:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -86,5 +87,4 @@ def _exp_in_place(logits: torch.Tensor, label_logit: torch.Tensor, group: dist.P
         dist.all_reduce(both, group=group)
         sums = both[0]
         label_logit.copy_(both[1])
-    logits.div_(sums[:, None])
-    return sums.log() + peak
+    return sums, sums.log() + peak

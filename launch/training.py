@@ -107,8 +107,7 @@ def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
         config.parallel.check_world(int(os.environ["WORLD_SIZE"]))
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    # The data may take hours to prepare on rank 0 while the others wait. The group cannot be made twice on one rendezvous, so training keeps
-    # the long patience too: torchrun itself ends the ranks when one of them dies.
+    # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
     with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
         folder, corpus = on_first_rank(set_up)
         train_rank(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,9 +1,12 @@
 """Decisions that all ranks must take alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from regrowth.errors import RegrowthError, RunFailed, UserError
 
@@ -49,6 +52,22 @@ def check_same(values: dict[str, str]) -> None:
             told = ", ".join(map(str, others[:8])) + (" and others" if len(others) > 8 else "")
             raise UserError(f"rank {told}: {name} is {everywhere[others[0]].get(name)!r}, on rank 0 it is {expected!r}. All ranks must run the same "
                             "code on the same config and data; bring them to one state and start again.")  # fmt: skip
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a rank waits for the others in collectives of the default group that begin from now on."""
+    if dist.is_initialized():
+        _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+@contextmanager
+def patience(seconds_afterwards: float) -> Iterator[None]:
+    """A day's patience inside, for what rank 0 does alone on files of any size; if it dies, the others hear of it at once all the same."""
+    set_timeout(24 * 3600)
+    try:
+        yield
+    finally:
+        set_timeout(seconds_afterwards)
 
 
 def barrier() -> None:

@@ -41,6 +41,13 @@ class Heartbeat:
         os.pwrite(self._file.fileno(), row.encode().ljust(256), 0)
 
 
+def record_collectives(folder: Path) -> None:
+    """Let NCCL's flight recorder, where torch has one, leave its dump of a time-out in `folder`; before the process group is made."""
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_trace_rank_"))
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
 def beats(folder: Path) -> list[Beat]:
     """The last signs of all ranks."""
     found = []

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from regrowth.errors import UserError
+from regrowth.parallel.agree import set_timeout
 from regrowth.parallel.plan import AXES, ParallelPlan
 
 
@@ -42,10 +43,11 @@ def choose_device(name: str) -> torch.device:
 def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[tuple[int, int]]:
     """Join the group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) describes; yields (rank, world size).
 
-    Alone, no group is made.
+    Alone, no group is made. Within a group, that one stays, and gets this time-out.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1 or dist.is_initialized():
+        set_timeout(timeout_seconds)
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -84,7 +84,8 @@ class _BandedAttention(torch.autograd.Function):
             _flash(q[:, :, b.begin : b.end], wide_k[:, :, b.first : b.last], wide_v[:, :, b.first : b.last], attn_mask=b.bias.to(q.dtype))
             for b in mask
         ]
-        out = torch.cat([part for part, _ in done], dim=2)
+        # Laid out as [B, T, H, d], in which the projections around this read and write it: then no head is copied.
+        out = torch.cat([part.transpose(1, 2) for part, _ in done], dim=1).transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, *(sums for _, sums in done))
         ctx.mask = mask
         return out
@@ -93,15 +94,21 @@ class _BandedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, *sums = ctx.saved_tensors
         wide_k, wide_v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-        for band, log_sums in zip(ctx.mask, sums, strict=True):
+        grad_q = q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+        grad_k = grad_v = None
+        for band, log_sums in reversed(list(zip(ctx.mask, sums, strict=True))):
             rows, keys = slice(band.begin, band.end), slice(band.first, band.last)
             grad_q[:, :, rows], to_k, to_v = _flash_backward(
                 grads[0][:, :, rows], q[:, :, rows], wide_k[:, :, keys], wide_v[:, :, keys], out[:, :, rows], log_sums, 0.0, False,
                 attn_mask=band.bias.to(q.dtype),
             )  # fmt: skip
-            grad_k[:, :, keys] += to_k
-            grad_v[:, :, keys] += to_v
+            if grad_k is None or grad_v is None:  # the last band mostly sees all keys, and then its gradients are what the others add to
+                around = (0, 0, band.first, k.shape[2] - band.last)
+                grad_k, grad_v = (functional.pad(x, around) if any(around) else x for x in (to_k, to_v))
+            else:
+                grad_k[:, :, keys] += to_k
+                grad_v[:, :, keys] += to_v
+        assert grad_k is not None and grad_v is not None
         if wide_k is not k:  # query heads of one group share a key head
             grad_k, grad_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, None

@@ -30,6 +30,9 @@ class RunSettings(Settings):
     deterministic: bool = False  # refuse operations that are not
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # for which a rank waits for the others in a step
     collect_every: Annotated[int, Field(ge=0)] = 100  # steps between Python's garbage collections; 0: whenever Python likes
+    compile_cache: Path | None = (
+        None  # with parallel.compile: where compiled kernels are kept from run to run; None: where torch keeps them
+    )
     profile_from: Annotated[int, Field(ge=0)] | None = None  # the first of `profile_steps` that are profiled
     profile_steps: Count = 3
     peak_tflops: float | None = None  # of one device in the run's dtype; None: from a table of known GPUs, for MFU

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from regrowth.kernels.cross_entropy import linear_cross_entropy
 from regrowth.kernels.linear import Cut, LowPrecisionLinear
+from regrowth.kernels.pointwise import rms_norm, rotate
 from regrowth.kernels.quantize import AmaxGroups
 from regrowth.parallel.collectives import gather
 from regrowth.parallel.layout import ParameterSplit
@@ -31,7 +32,7 @@ from regrowth.pretrain.moe import Experts, MoE, Router, SwiGLU
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -40,20 +41,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last dim."""
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_table(positions_BT: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin [B, T, 1, d] of rotate-half RoPE at explicit positions (Su et al. 2021); the first half of sin is negated."""
+    """cos and signed sin [B, T, 1, d] of RoPE at explicit positions, as `rotate` takes them."""
     exponents = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32) / head_dim
     angles_BT1d = (positions_BT.float()[..., None] * (1.0 / theta**exponents))[:, :, None]
     cos, sin = angles_BT1d.cos(), angles_BT1d.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotate-half RoPE; rolling by half swaps the halves in one pass."""
-    return (x_BTHd * cos + x_BTHd.roll(x_BTHd.shape[-1] // 2, dims=-1) * sin).to(x_BTHd.dtype)
 
 
 class Attention(nn.Module):

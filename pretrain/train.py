@@ -17,7 +17,7 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import exclusive, sha256_of
 from regrowth.parallel.agree import check_same, on_first_rank
-from regrowth.parallel.heartbeat import explain
+from regrowth.parallel.heartbeat import explain, record_collectives
 from regrowth.parallel.mesh import Mesh, choose_device, process_group
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -53,6 +53,7 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
     prepare_process(config, ranks_here)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)
+    record_collectives(folder / "logs")
     with process_group(device, config.run.timeout_seconds) as (rank, world_size):
         try:
             config.parallel.check_world(world_size)

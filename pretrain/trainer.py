@@ -18,7 +18,7 @@ import torch
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RegrowthError, RunFailed, Stopped
-from regrowth.parallel.agree import barrier, on_first_rank
+from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
 from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.background import BackgroundSaver, Saved
@@ -55,7 +55,8 @@ class Trainer:
         self.saver = BackgroundSaver(config.parallel.world_size, config.run.timeout_seconds)
         self.told_recipe = ""
         self.rewound_to = -1
-        checkpoint = on_first_rank(self._where_to_start)
+        with patience(config.run.timeout_seconds):  # checkpoints are read whole, to see that they are
+            checkpoint = on_first_rank(self._where_to_start)
         self.saved_at = -1
         self.session = Session(config, corpus, mesh, checkpoint)
         if checkpoint:
@@ -282,7 +283,8 @@ class Trainer:
         self._save(step, wait=True)
         source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
         operator = build_operator(event.op, factor=event.factor)
-        on_first_rank(lambda: _grow_again(source, target, operator))
+        with patience(self.config.run.timeout_seconds):
+            on_first_rank(lambda: _grow_again(source, target, operator))
         del self.session  # free the small model before the large one is built
         self.session = Session(self.config, self.corpus, self.mesh, target)
         self.guard.forget()

@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from regrowth.pretrain import train as trainer
 from regrowth.pretrain.checkpoint import list_checkpoints, read_state, verify
 from regrowth.pretrain.safety import SafetyConfig, StepGuard
 from tests.faults.test_real_faults import one_letter, only_run, steps_done, wait_for, workers
-from tests.launch.helpers import start, write_config
+from tests.launch.helpers import regrowth, start, write_config
 from tests.pretrain.helpers import Ranks, go, losses, new_run
 
 
@@ -35,6 +37,31 @@ def test_a_rank_that_hangs_is_named_by_those_who_waited(plan: dict, documents: P
     letter = one_letter(output)
     assert launcher.returncode == 1 and "rank 0 (step" in letter and "waited in vain for rank 1 on" in letter, letter
     assert "regrowth train --resume" in letter
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_under_torchrun_is_named_as_soon(documents: Path, tmp_path: Path) -> None:
+    """There the group is made with a day's patience, for the preparation of data."""
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "timeout_seconds": 6},
+                          parallel={"dp_shard": 2, "micro_batch": 4})  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "regrowth", "train", str(config)]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: steps_done(tmp_path) > 3, launcher)
+    os.kill(workers(launcher)[1], signal.SIGSTOP)
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode != 0 and "waited in vain for rank 1 on" in output, output[-3000:]
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_kept_where_the_config_says(documents: Path, tmp_path: Path) -> None:
+    run = {"steps": 2, "compile_cache": str(tmp_path / "kernels")}
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run=run, parallel={"micro_batch": 4, "compile": True})
+    done = regrowth("train", config)
+    assert done.returncode == 0, done.stderr
+    kept = {path for path in (tmp_path / "kernels").rglob("*.so")}
+    assert kept
+    assert regrowth("train", config, "run.name=again").returncode == 0
+    assert {path for path in (tmp_path / "kernels").rglob("*.so")} == kept, "nothing was compiled anew"
 
 
 def differ(rank: int) -> str:
@@ -180,9 +207,6 @@ config = load_config({str(config)!r})
 run = RunFolder.create(config)
 t.train(run.path, prepare(config.data).folder)
 """
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert "rank 0 ran out of memory in step 0: peak" in done.stderr, done.stderr[-2000:]
     told = done.stderr.split("ran out of memory")[-1]
@@ -191,8 +215,6 @@ t.train(run.path, prepare(config.data).folder)
 
 
 def test_a_profile_says_where_a_step_goes(documents: Path, tmp_path: Path) -> None:
-    from tests.launch.helpers import regrowth
-
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 8}, parallel={"dp_shard": 2, "micro_batch": 4})
     done = regrowth("train", config, "--profile")
     assert done.returncode == 0, done.stderr
