@@ -58,10 +58,10 @@ def test_compiled_kernels_are_kept_where_the_config_says(documents: Path, tmp_pa
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run=run, parallel={"micro_batch": 4, "compile": True})
     done = regrowth("train", config)
     assert done.returncode == 0, done.stderr
-    kept = {path for path in (tmp_path / "kernels").rglob("*.so")}
+    kept = set((tmp_path / "kernels").rglob("*.so"))
     assert kept
     assert regrowth("train", config, "run.name=again").returncode == 0
-    assert {path for path in (tmp_path / "kernels").rglob("*.so")} == kept, "nothing was compiled anew"
+    assert set((tmp_path / "kernels").rglob("*.so")) == kept, "nothing was compiled anew"
 
 
 def differ(rank: int) -> str:

@@ -20,10 +20,10 @@ def test_the_norm_is_torchs_own(shape: tuple[int, ...], dtype: torch.dtype) -> N
     expected = functional.rms_norm(x.float(), weight.shape, weight, 1e-6).to(dtype)
     got = rms_norm(x, weight, 1e-6)
     assert got.dtype == dtype
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(got, expected, **close)
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got, expected, rtol=near, atol=near)
     for ours, theirs in zip(gradients(got, [x, weight]), gradients(expected, [x, weight]), strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
 
 
 def test_the_norm_takes_rows_of_zeros_and_of_large_numbers() -> None:
