@@ -26,6 +26,7 @@ from regrowth.pretrain.config import OptimizerConfig, RunSettings
 from regrowth.pretrain.conformance import Shape, made_up_batch, run_step
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
+from regrowth.pretrain.session import keep_freed_memory
 
 
 def model_config(experts: int) -> ModelConfig:
@@ -79,6 +80,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = model_config(experts=16 if arguments.quick else 96)
+    keep_freed_memory()  # as training processes do
     loop = Loop(config)
     steps = 4 if arguments.quick else 12
     usual = statistics.median([loop.step() for _ in range(steps)][1:])

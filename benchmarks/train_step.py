@@ -2,8 +2,9 @@
 
 All in fp32 with fused AdamW, SDPA and clipping, with the same threads and batch shape, each in a process of its own as its users run it; rounds
 take turns, so that whatever else the machine does falls on all alike. Ours is the trainer's whole step: packed documents through the loader, the
-document mask, per-domain accounting, metrics and logs. `regrowth, bare` is the same model in a plain loop over one batch, without any of that;
-the peers, too, get one batch of random tokens for nothing. litgpt is no dependency: `pip install litgpt` beside it, and it takes part.
+document mask, per-domain accounting, metrics and logs. `regrowth, bare` is the same model in a plain loop over one batch of whole sequences, without
+any of that; the peers, too, get one batch of random tokens for nothing. All run eagerly. Our processes ask the allocator to keep freed memory;
+`--allocator-for-all` does it for the peers as well. litgpt is no dependency: `pip install litgpt` beside it, and it takes part.
 
     python benchmarks/train_step.py --quick
     python benchmarks/train_step.py --size 50m
@@ -37,7 +38,7 @@ from regrowth.pretrain.initialise import initialise
 from regrowth.pretrain.loss import to_tensors
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.run_folder import RunFolder
-from regrowth.pretrain.session import prepare_process
+from regrowth.pretrain.session import keep_freed_memory, prepare_process
 from regrowth.pretrain.trainer import Trainer
 
 _COMMON = {"vocabulary": 4096, "head_dim": 64, "qk_norm": False, "tied": False}
@@ -85,6 +86,9 @@ def bare(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], 
     model = build_model(SHAPE, torch.device("cpu")).to_empty(device="cpu")
     initialise(dict(model.named_parameters()), SHAPE, seed=0)
     x = to_tensors(made_up_batch(0, SHAPE.vocabulary, Shape(length, batch)), torch.device("cpu"))
+    x["doc_ids"].zero_()
+    x["positions"].copy_(torch.arange(length))
+    x["loss_weight"].fill_(1.0)
     tokens = float(x["loss_weight"].sum())
     return _plain_loop(
         model,
@@ -149,7 +153,7 @@ def nano(batch: int, length: int) -> Callable[[], None]:
 
 
 def litgpt(batch: int, length: int) -> Callable[[], None]:
-    """litgpt's GPT in the same Llama shape, with its own chunked cross entropy, as its pretraining loop calls them."""
+    """litgpt's GPT in the same Llama shape, with its own cross entropy."""
     from litgpt.model import GPT, Config  # type: ignore[import-not-found]
     from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
 
@@ -179,12 +183,14 @@ def _plain_loop(model: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torc
     return run
 
 
-def _serve(name: str, size: str, folder: str, batch: int, length: int, threads: int, pipe: Connection) -> None:
+def _serve(name: str, size: str, folder: str, batch: int, length: int, threads: int, allocator: bool, pipe: Connection) -> None:
     """A loop in its own process: a round of steps for each request, answered with the seconds of each step; then the peak of its memory."""
     global SHAPE
     SHAPE = SHAPES[size]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if allocator:
+        keep_freed_memory()
     own = OURS.get(name)
     run = own(corpus_for_timing(Path(folder)), batch, length, threads) if own else PEERS[name](batch, length)
     run()
@@ -209,6 +215,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under 45 seconds")
     parser.add_argument("--size", choices=list(SHAPES), default="10m")
     parser.add_argument("--batch", type=int, help="sequences of 256 tokens in a step")
+    parser.add_argument("--allocator-for-all", action="store_true", help="peers keep freed memory as well")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     batch, length, rounds = (4, 256, 4) if arguments.quick else (8, 256, 12)
@@ -224,7 +231,9 @@ def main() -> None:
         for name in names:
             pipes[name], there = context.Pipe()
             context.Process(
-                target=_serve, args=(name, arguments.size, folder, batch, length, arguments.threads, there), daemon=True
+                target=_serve,
+                args=(name, arguments.size, folder, batch, length, arguments.threads, arguments.allocator_for_all, there),
+                daemon=True,
             ).start()
             parameters[name], seconds[name] = pipes[name].recv(), []
         for _ in range(rounds):
@@ -236,6 +245,7 @@ def main() -> None:
             pipe.send(0)
             memory[name] = pipe.recv()
     title = f"training step, {batch} x {length} tokens, fp32, {arguments.threads} threads, median of {2 * rounds}"
+    title += ", the same allocator setting for all" * arguments.allocator_for_all
     table = Table("loop", "parameters", "tokens/s", "regrowth is", "peak memory", title=title)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, count in parameters.items():

@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from regrowth.errors import RegrowthError, RunFailed, UserError
 
@@ -57,7 +56,8 @@ def check_same(values: dict[str, str]) -> None:
 def set_timeout(seconds: float) -> None:
     """How long a rank waits for the others in collectives of the default group that begin from now on."""
     if dist.is_initialized():
-        _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        world: Any = dist.group.WORLD
+        world.set_timeout(timedelta(seconds=seconds))
 
 
 @contextmanager

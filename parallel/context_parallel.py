@@ -89,6 +89,7 @@ class RingAttention:
         needed = torch.stack(seen).tolist()  # all of it brought to the host at once
         return RingMask(places, [[tile for tile, wanted in zip(tiles, row, strict=True) if wanted] for row in needed])
 
+    @torch.compiler.disable  # messages break a graph anyway, and tiles differ from rank to rank and from batch to batch
     def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: RingMask) -> torch.Tensor:
         """[B, H, T, d] of this rank's queries, after every rank's keys."""
         return _Ring.apply(q_BHTd, k_BHTd, v_BHTd, mask, self.group)  # pyright: ignore[reportReturnType]

@@ -6,7 +6,6 @@ flat buffers, so `moments` hands out copies, and `loaded` writes back what was r
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,11 +42,13 @@ class DeepSpeedEngine:
         os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
         deepspeed = need("deepspeed", 'parallel.engine = "deepspeed"')
         self._utils = need("deepspeed.utils", 'parallel.engine = "deepspeed"')
-        self.plan, self.mesh, self.device, self.autocast = mesh.plan, mesh, mesh.device, autocast
+        self.plan, self.mesh, self.device = mesh.plan, mesh, mesh.device
         self.data_ranks, self.data_rank = mesh.plan.data_ranks, mesh.data_rank
         self.forward_rows = mesh.plan.micro_batch
         self.model = model.to_empty(device=mesh.device)
         fill(self.weights())
+        if autocast:  # inside of the model: DeepSpeed switches off what is around its engine
+            model.forward = torch.autocast(mesh.device.type, dtype=autocast)(model.forward)
         config = {
             "train_micro_batch_size_per_gpu": mesh.plan.micro_batch,
             "gradient_accumulation_steps": 1,  # the loop says itself when a step ends
@@ -77,8 +78,7 @@ class DeepSpeedEngine:
         model.parallel.auxiliary.scale = scale * self.data_ranks
         for number, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
-            with self._precision():
-                total, nll = self._engine(batch["tokens"], *(batch[name] for name in INPUTS))
+            total, nll = self._engine(batch["tokens"], *(batch[name] for name in INPUTS))
             # DeepSpeed averages over ranks; the loss is a sum over all of them.
             self._engine.backward(total.sum() * (scale * self.data_ranks))
             reports.append(report(nll, batch))
@@ -87,8 +87,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def forward(self, micro_batch: MicroBatch, report: Report) -> torch.Tensor:
         """See `NativeEngine`."""
-        with self._precision():
-            return report(self.model(micro_batch["tokens"], *(micro_batch[name] for name in INPUTS))[1], micro_batch)
+        return report(self.model(micro_batch["tokens"], *(micro_batch[name] for name in INPUTS))[1], micro_batch)
 
     def step(self, lr: float, clip: float, limit: float = float("inf")) -> float:
         """See `NativeEngine`."""
@@ -138,6 +137,3 @@ class DeepSpeedEngine:
         self._given = {}
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(float(optimizer_steps))
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=self.autocast) if self.autocast else nullcontext()

@@ -42,7 +42,7 @@ class Heartbeat:
 
 
 def record_collectives(folder: Path) -> None:
-    """Let NCCL's flight recorder, where torch has one, leave its dump of a time-out in `folder`; before the process group is made."""
+    """Let NCCL's flight recorder, where torch has one, leave its dump of a time-out in `folder`; groups made before this keep what they were made with."""
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_trace_rank_"))
     os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

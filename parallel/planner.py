@@ -120,7 +120,7 @@ def predict(
     moved = 0.0
     if plan.shards_weights > 1:  # two gathers of the weights per micro-batch, one scatter of the gradients per step
         gathers = 2 * micro_steps if plan.reshards else 1
-        moved += 4.0 * model.parameters / slices * (plan.shards_weights - 1) / plan.shards_weights * (gathers + 1)
+        moved += model.parameters / slices * (plan.shards_weights - 1) / plan.shards_weights * (bytes_per_value * gathers + 4)
     if plan.dp_replicate > 1:
         moved += 2 * 4.0 * model.parameters / (slices * plan.shards_weights) * (plan.dp_replicate - 1) / plan.dp_replicate
     hidden = tokens * model.width * bytes_per_value * layers / plan.pp * micro_steps

@@ -17,16 +17,16 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from regrowth.errors import RunFailed, UserError
@@ -34,6 +34,7 @@ from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
 from regrowth.parallel.agree import on_first_rank
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.tensor_files import StreamedWriter, TensorFile
 from regrowth.settings import validate
 
 FORMAT = 1
@@ -77,9 +78,9 @@ def save_checkpoint(
     once(lambda: _fresh_folder(folder, weights, moments))
     try:
         # What fails on one rank inside of these comes to all of them as one CheckpointException (which is no Exception).
-        _save_tensors(folder / "model", weights, alone, group)
-        _save_tensors(folder / "optimizer", moments, alone, group)
-        return once(lambda: _finish(folder, path, state))
+        files = {f"{kind}/{file.name}": file for kind, tensors in (("model", weights), ("optimizer", moments))
+                 for file in _save_tensors(folder / kind, tensors, alone, group)}  # fmt: skip
+        return once(lambda: _finish(folder, path, state, files))
     except (Exception, CheckpointException) as error:
         raise _write_failure(path, error) from error
     finally:
@@ -99,25 +100,24 @@ def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict
         raise RunFailed(f"{disk_full_message(partial.parent)} This checkpoint needs {needed / 2**20:.1f} MiB.")
 
 
-def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, group: dist.ProcessGroup | None) -> None:
+def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, group: dist.ProcessGroup | None) -> list[TensorFile]:
+    """The files of all ranks, on the first one."""
+    writer = StreamedWriter(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(
-            dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group, no_dist=alone
-        )
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
+    return writer.files
 
 
-def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
-    _dump(partial / "model.json", state.model.model_dump())
-    _dump(partial / "loader.json", state.loader)
-    _dump(partial / "trainer.json", state.trainer)
-    sums = {str(f.relative_to(partial)): _entry(f) for f in sorted(partial.rglob("*")) if f.is_file()}
-    identity = content_id(partial)
-    _dump(partial / "lineage.json", state.lineage.model_dump())
-    sums["lineage.json"] = _entry(partial / "lineage.json")
+def _finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, TensorFile]) -> str:
+    parts = {"model": state.model.model_dump(), "loader": state.loader, "trainer": state.trainer, "lineage": state.lineage.model_dump()}
+    small = [_dump(partial / f"{name}.json", value) for name, value in parts.items()]
+    sums = {name: {"size": file.size, "sha256": file.sha256} for name, file in sorted(files.items())}
+    sums |= {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in small}
+    identity = content_id(sums["model.json"]["sha256"], files)
     manifest = {"format": FORMAT, "id": identity, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": sums}
-    _dump(partial / "manifest.json", manifest)
-    for file in [*partial.rglob("*"), partial]:
+    small.append(_dump(partial / "manifest.json", manifest))
+    for file in [*small, partial / "model", partial / "optimizer", partial]:  # ranks have synced their own files
         fsync_path(file)
     if path.exists():  # the same step written again after a rewind
         shutil.rmtree(path)
@@ -126,28 +126,16 @@ def _finish(partial: Path, path: Path, state: CheckpointState) -> str:
     return identity
 
 
-def content_id(path: Path) -> str:
+def content_id(model_sha256: str, files: dict[str, TensorFile]) -> str:
     """sha256 over the model's config and every stored tensor part (name, place, bytes), whatever the order they lie in on disk."""
-    parts = [["model.json", sha256_of(path / "model.json")]]
-    for folder in ("model", "optimizer"):
-        for file in (path / folder).glob("*.safetensors"):
-            data = np.memmap(file, dtype=np.uint8, mode="r")
-            length = int.from_bytes(data[:8].tobytes(), "little")
-            header = json.loads(data[8 : 8 + length].tobytes())
-            places = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
-            for name, entry in header.items():
-                start, stop = (8 + length + offset for offset in entry["data_offsets"])
-                digest = hashlib.sha256(data[start:stop].data).hexdigest()
-                parts.append([folder, name, entry["dtype"], entry["shape"], places.get(name), digest])
+    parts: list[list[Any]] = [["model.json", model_sha256]]
+    parts += [[name.split("/")[0], *part] for name, file in files.items() for part in file.parts]
     return hashlib.sha256("\n".join(sorted(json.dumps(part, sort_keys=True) for part in parts)).encode()).hexdigest()
 
 
-def _dump(path: Path, value: Any) -> None:
+def _dump(path: Path, value: Any) -> Path:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    return path
 
 
 def _write_failure(path: Path, error: BaseException) -> RunFailed:
@@ -187,8 +175,11 @@ def verify(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: refused, {name} is missing.")
         if (size := file.stat().st_size) != entry["size"]:
             raise UserError(f"{path}: refused, {name} is truncated or altered ({size:,} bytes, the manifest says {entry['size']:,}).")
-        if sha256_of(file) != entry["sha256"]:
-            raise UserError(f"{path}: refused, {name} was altered (its sha256 is not the manifest's).")
+    with ThreadPoolExecutor(4) as readers:  # hashing leaves the interpreter's lock free
+        sums = readers.map(lambda name: sha256_of(path / name), manifest["files"])
+        for (name, entry), found in zip(manifest["files"].items(), sums, strict=True):
+            if found != entry["sha256"]:
+                raise UserError(f"{path}: refused, {name} was altered (its sha256 is not the manifest's).")
     return manifest
 
 

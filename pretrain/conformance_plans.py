@@ -122,6 +122,7 @@ CASES: list[Case] = [
     # blocks compiled; a last micro-batch smaller than the others; experts that no token chose
     _case("dense", compile=True),
     _case("dense", dp_shard=2, tp=2, compile=True),
+    _case("dense", cp=2, compile=True),
     _case("dense", dp_shard=2, micro_batch=3),
     _case("moe_many", dp_shard=2, ep=2, micro_batch=1),
     # three axes and more, on eight ranks

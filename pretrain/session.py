@@ -75,14 +75,16 @@ class Session:
 
 
 def prepare_process(config: RunConfig, ranks_here: int) -> None:
-    """Settings of a training process: this machine's cores shared between its ranks, and freed memory kept.
-
-    A step frees and takes the same large tensors again; glibc would hand them back to the kernel each time, and faulting them in anew costs a
-    CPU step about a tenth of its time (measured in docs/performance.md).
-    """
+    """Settings of a training process: this machine's cores shared between its ranks, where compiled kernels are kept, and freed memory."""
     if config.run.compile_cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.run.compile_cache.resolve())
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // max(1, ranks_here)))
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """A step frees and takes the same large tensors again; glibc would hand them back to the kernel each time, and faulting them in anew costs a
+    CPU step about a tenth of its time (measured in docs/performance.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: large tensors come from the heap

@@ -248,7 +248,8 @@ class Trainer:
         if self.rewound_to >= 0 and self.session.step == self.rewound_to:  # that one did not help: further back
             first = min(first, self.rewound_to - 1)
         self._settle()
-        checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
+        with patience(self.config.run.timeout_seconds):
+            checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
         on_first_rank(lambda: set_aside(self.run.path, newer_than=checkpoint) if checkpoint else None)
         if checkpoint is None:
             self.guard.rewinds = self.config.safety.rewind_limit

@@ -227,28 +227,28 @@ def test_a_profile_says_where_a_step_goes(documents: Path, tmp_path: Path) -> No
 def save_on_a_full_disk(folder: Path) -> str:
     """The write itself fails on one rank, after the check of free space has passed."""
     import torch.distributed as dist
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
     from regrowth.errors import RegrowthError
     from regrowth.pretrain.checkpoint import CheckpointState, save_checkpoint
     from regrowth.pretrain.lineage import Lineage
     from regrowth.pretrain.model_config import ModelConfig
+    from regrowth.pretrain.tensor_files import StreamedWriter
 
-    whole = HuggingFaceStorageWriter.write_data
+    whole = StreamedWriter.write_data
 
     def full(self, plan, planner):  # type: ignore[no-untyped-def]
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
         return whole(self, plan, planner)
 
-    HuggingFaceStorageWriter.write_data = full  # type: ignore[method-assign]
+    StreamedWriter.write_data = full  # type: ignore[method-assign]
     try:
         tensors = {f"w{rank}": torch.ones(8) for rank in range(2)}
         save_checkpoint(folder / "step-000001", tensors, tensors, CheckpointState(ModelConfig(), Lineage(), {}, {"step": 1}))
     except RegrowthError as error:
         return str(error)
     finally:
-        HuggingFaceStorageWriter.write_data = whole  # type: ignore[method-assign]
+        StreamedWriter.write_data = whole  # type: ignore[method-assign]
     return "written"
 
 

@@ -1,0 +1,103 @@
+"""The safetensors files of a checkpoint, written as a stream.
+
+torch's own writer for this format builds a whole file as one string of bytes first: twice the state in memory, and seconds in which no other Python
+thread runs, the training loop's among them. Here every tensor goes from its buffer to the file in pieces, is hashed on the way by the rank that
+writes it, and the lock of the interpreter is free meanwhile. Reading is torch's.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+_PIECE = 8 << 20
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file that stands, and the sha256 of it and of each tensor in it."""
+
+    name: str
+    size: int
+    sha256: str
+    parts: list[list[Any]]  # [tensor's name, dtype, shape, place in the whole tensor, sha256]
+
+
+class StreamedWriter(HuggingFaceStorageWriter):
+    """For `dcp.save`: one file for each rank that has something to write; afterwards `files` lists all of them on the first rank."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.folder = folder
+        self.files: list[TensorFile] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors; what it gives, `finish` gets of every rank."""
+        future: Future[list[WriteResult]] = Future()
+        results = []
+        if plan.items:
+            tensors, places = {}, {}
+            for item in sorted(plan.items, key=lambda item: item.index.fqn):
+                assert item.tensor_data is not None
+                tensors[item.index.fqn] = planner.resolve_data(item).detach()
+                places[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            file = write_safetensors(self.folder / name, tensors, places)
+            results.append(WriteResult(index=plan.items[0].index, size_in_bytes=file.size, storage_data=file))
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Called on the first rank."""
+        self.files = [result.storage_data for of_rank in results for result in of_rank]
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], places: dict[str, Any]) -> TensorFile:
+    """Write and sync one file.
+
+    Args:
+        places: where each tensor lies in the whole one, as torch's reader wants to be told.
+    """
+    metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    whole, parts = hashlib.sha256(), []
+    with path.open("wb") as stream:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            whole.update(piece)
+            stream.write(piece)
+        for name, tensor in tensors.items():
+            digest = hashlib.sha256()
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for begin in range(0, len(data), _PIECE):
+                piece = data[begin : begin + _PIECE]
+                stream.write(piece)
+                whole.update(piece)
+                digest.update(piece)
+            parts.append([name, header[name]["dtype"], header[name]["shape"], places[name], digest.hexdigest()])
+        stream.flush()
+        os.fsync(stream.fileno())
+    return TensorFile(path.name, 8 + len(text) + end, whole.hexdigest(), parts)
