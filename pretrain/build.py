@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 
 from regrowth.parallel.deepspeed_engine import DeepSpeedEngine
-from regrowth.parallel.engine import Engine, NativeEngine
+from regrowth.parallel.engine import Engine
 from regrowth.parallel.mesh import Mesh
+from regrowth.parallel.native_engine import NativeEngine
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.attention import choose_attention
 from regrowth.pretrain.config import OptimizerConfig, RunSettings

@@ -17,8 +17,9 @@ from regrowth.data_pipeline.batch import Batch
 from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import RECIPES
 from regrowth.parallel.dtensor import full_tensor
-from regrowth.parallel.engine import Engine, MicroBatch, NativeEngine, Report
+from regrowth.parallel.engine import Engine, MicroBatch, Report
 from regrowth.parallel.mesh import Mesh, choose_device
+from regrowth.parallel.native_engine import NativeEngine
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, save_checkpoint
