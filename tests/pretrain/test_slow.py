@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.pretrain.checkpoint import list_checkpoints, verify
 from tests.launch.helpers import regrowth
 from tests.pretrain.helpers import Ranks, go, losses, new_run
 
@@ -27,6 +28,8 @@ def test_deterministic_mode_repeats_itself_bit_for_bit(corpus: Corpus, tmp_path:
         for name in "ab"
     )
     assert losses(first) == losses(second)
+    ids = [verify(list_checkpoints(run.path)[-1])["id"] for run in (first, second)]
+    assert ids[0] == ids[1], "weights and moments, to the last bit"
 
 
 def test_lm_eval_scores_an_export_on_local_files(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:

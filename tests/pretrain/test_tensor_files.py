@@ -1,0 +1,46 @@
+"""Streamed safetensors are what the safetensors library writes and reads."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from regrowth.files import sha256_of
+from regrowth.pretrain.tensor_files import write_safetensors
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(4, 6).t(),  # not contiguous
+        "c": torch.randn(7).bfloat16(),
+        "d": torch.tensor(2.5),
+        "e": torch.empty(0, 4),
+        "f": torch.arange(5),
+        "g": torch.randn(3 << 20),  # more than a piece
+    }
+
+
+def test_the_library_reads_what_was_written_and_hashes_are_of_the_bytes(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    places = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
+    file = write_safetensors(tmp_path / "x.safetensors", tensors, places)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    assert file.size == (tmp_path / "x.safetensors").stat().st_size and file.sha256 == sha256_of(tmp_path / "x.safetensors")
+    assert [part[0] for part in file.parts] == list(tensors)
+    assert file.parts[0][1:] == ["F32", [3, 5], {"saved_offsets": [0, 0]}, hashlib.sha256(tensors["a"].numpy().tobytes()).hexdigest()]
+
+
+def test_the_header_says_what_torchs_reader_wants(tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(2, 2)}
+    write_safetensors(tmp_path / "ours.safetensors", tensors, {"w": {"saved_offsets": [4, 0]}})
+    save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
+    with safe_open(tmp_path / "ours.safetensors", "pt") as ours, safe_open(tmp_path / "theirs.safetensors", "pt") as theirs:
+        assert ours.metadata()["DCP_SHARDING_INFO"] == '{"w": {"saved_offsets": [4, 0]}}' and ours.metadata()["format"] == "pt"
+        assert list(ours.keys()) == list(theirs.keys())
