@@ -79,7 +79,7 @@ def main() -> None:
         "--out", type=Path, help="where checkpoints are written (and removed again); default: the system's temporary folder"
     )
     arguments = parser.parse_args()
-    config = model_config(experts=16 if arguments.quick else 96)
+    config = model_config(experts=16 if arguments.quick else 48)
     keep_freed_memory()  # as training processes do
     loop = Loop(config)
     steps = 4 if arguments.quick else 12

@@ -6,6 +6,8 @@ time; the next one waits for it.
 """
 
 import copy
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -108,8 +110,15 @@ class BackgroundSaver:
         stall: float,
     ) -> None:
         began = time.perf_counter()
+        _step_back()
         try:
             save_checkpoint(path, weights, moments, state, group=self._group)
             self._saved = Saved(path, step, stall, time.perf_counter() - began)
         except BaseException as error:
             self._error = error
+
+
+def _step_back() -> None:
+    """Give this thread's turn on a busy core to the others: where training computes on all cores, its threads wait for the one that is held up."""
+    if sys.platform == "linux":  # where priorities are a thread's own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
