@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         wide, grad, gain = x.float(), grads[0].float(), weight.float()
         product = grad * wide
         rows = product.flatten(0, -2)
-        grad_weight = scale.flatten() @ rows
+        grad_weight = torch.mv(rows.mT, scale.flatten())
         mean = (rows @ gain).view(scale.shape).mul_(scale.pow(3)).div_(-x.shape[-1])
         grad_x = torch.mul(grad, gain, out=product).mul_(scale).addcmul_(wide, mean)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -189,7 +189,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(documents: P
 
 def test_out_of_memory_tells_where_it_went_and_what_helps(documents: Path, tmp_path: Path) -> None:
     """A real refusal of the allocator: the process may not have more address space than it took to start, and a little."""
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 50}, loader={"sequence_length": 4096, "global_batch": 16},
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 1}, loader={"sequence_length": 4096, "global_batch": 16},
                           parallel={"micro_batch": 16})  # fmt: skip
     program = f"""
 import resource, sys
@@ -197,7 +197,7 @@ from regrowth.pretrain import train as t
 step = t.Trainer.train_step
 def limited(self, n):
     used = int(open("/proc/self/statm").read().split()[0]) * 4096
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), -1))
     step(self, n)
 t.Trainer.train_step = limited
 from regrowth.data_pipeline.prepare import prepare
