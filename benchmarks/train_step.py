@@ -55,14 +55,14 @@ def corpus_for_timing(folder: Path) -> Corpus:
     return prepare(DataConfig.model_validate({"out": str(folder), "sources": [source], "tokenizer": {"vocabulary": 4096}, "workers": 1}))
 
 
-def run_config(corpus: Corpus, batch: int, length: int, threads: int) -> RunConfig:
+def run_config(shape: ModelConfig, corpus: Corpus, batch: int, length: int, threads: int) -> RunConfig:
     """A run that neither evaluates nor saves while it is timed."""
     never = 1 << 30
     values = {
         "run": {"threads": threads, "folder": corpus.folder.parent / "runs", "steps": never},
         "data": corpus.manifest["config"],
         "loader": LoaderConfig(sequence_length=length, global_batch=batch, unit_sequences=1),
-        "model": SHAPE,
+        "model": shape,
         "mixing": StaticMixing(),
         "parallel": {"micro_batch": batch},
         "checkpoint": {"every": never},
@@ -73,7 +73,7 @@ def run_config(corpus: Corpus, batch: int, length: int, threads: int) -> RunConf
 
 def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
     """One step of the trainer, in a process set up as a rank is."""
-    config = run_config(corpus, batch, length, threads)
+    config = run_config(SHAPE, corpus, batch, length, threads)
     prepare_process(config, 1)
     trainer = Trainer(RunFolder.create(config), config, corpus, Mesh(config.parallel, torch.device("cpu")), 0, lambda: False)
     step = iter(range(1 << 30))
@@ -82,7 +82,7 @@ def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], 
 
 def bare(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], None]:
     """Our model in a plain loop: what is left when the loader, the engine, the loop and its logs are taken away."""
-    prepare_process(run_config(corpus, batch, length, threads), 1)
+    prepare_process(run_config(SHAPE, corpus, batch, length, threads), 1)
     model = build_model(SHAPE, torch.device("cpu")).to_empty(device="cpu")
     initialise(dict(model.named_parameters()), SHAPE, seed=0)
     x = to_tensors(made_up_batch(0, SHAPE.vocabulary, Shape(length, batch)), torch.device("cpu"))
