@@ -3,9 +3,12 @@
 A start with torch costs seconds, a call on a warm pool milliseconds. The function is named by its module and must be importable there.
 """
 
+import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -21,7 +24,7 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """`size` worker processes with one torch thread each and an initialised gloo group.
+    """`size` worker processes with one torch thread each, which join a gloo group for each call.
 
     A pool in which a rank failed is thrown away, because the others may wait for it in a collective; the next `run` starts a fresh one.
     """
@@ -77,10 +80,9 @@ class RankPool:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.size, store, there), daemon=True)
+            process = context.Process(target=_work, args=(rank, self.size, self._folder.name, there), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))
@@ -95,20 +97,36 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, **kwargs: Any
         pool.close()
 
 
-def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _work(rank: int, size: int, folder: str, pipe: Connection) -> None:
     import torch
-    import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
-    if size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=100))
-    while True:
+    for call in itertools.count():
         try:
             function, args, kwargs = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            answer = True, _call(Path(folder) / f"store-{call}", rank, size, function, args, kwargs)
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        gc.collect()  # engines and their groups refer to each other
+        pipe.send(answer)
+
+
+def _call(store: Path, rank: int, size: int, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """One call in a group of its own. Groups are not kept from call to call: each has three threads, one of which wakes up a hundred times a second,
+    and hundreds of them would stall the machine; and a group made anew under an old name would meet the old one's addresses in the store."""
+    import torch.distributed as dist
+
+    if size == 1:
+        return function(*args, **kwargs)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=100))
+    try:
+        return function(*args, **kwargs)
+    finally:
+        if dist.is_initialized():
+            # DeepSpeed keeps groups of its own accord, and forgets them where it is asked to end them.
+            deepspeed = sys.modules.get("deepspeed.comm.comm")
+            (deepspeed if deepspeed and deepspeed.cdb else dist).destroy_process_group()  # pyright: ignore[reportAttributeAccessIssue]
