@@ -98,7 +98,7 @@ def main() -> None:
             assert saved is not None
             extra = stall + sum(taken) - usual * len(taken)
             table.add_row(kind, f"{saved.write_seconds:.1f} s", f"{stall:.2f} s", f"{stall / usual:.2f}", str(len(taken)), f"{extra:.2f} s", f"{extra / usual:.2f}")  # fmt: skip
-    table.title = f"{config.parameters / 1e6:,.0f}M parameters, {12 * config.parameters / 2**30:.1f} GiB of state, a step of {usual:.2f} s"
+    table.title = f"{config.parameters / 1e6:,.0f}M parameters, {12 * config.parameters / 2**30:.1f} GiB of state, a step of {usual:.2f} s; the limit is a stall of one step"
     Console(width=120).print(table)
 
 

@@ -61,7 +61,7 @@ def main() -> None:
     rows = zip(spent["train_step"][2:], spent["forward_backward"][2:], spent["step"][2:], strict=True)
     share = [1 - (model + update) / whole for whole, model, update in rows]
     milliseconds = {name: 1e3 * statistics.median(seconds[2:]) for name, seconds in spent.items()}
-    table = Table("part of a step", "ms", title=f"10M parameters, {batch} x 256 tokens, median of {steps} steps")
+    table = Table("part of a step", "ms", title=f"10M parameters, {batch} x 256 tokens, median of {steps} steps; the limit is 2%")
     table.add_row("forward and backward", f"{milliseconds['forward_backward']:,.1f}")
     table.add_row("clipping and update", f"{milliseconds['step']:,.1f}")
     table.add_row(

@@ -27,8 +27,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from regrowth.data_pipeline.config import DataConfig, LoaderConfig, StaticMixing
+from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.mixing.config import StaticMixing
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.build import build_model

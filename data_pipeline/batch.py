@@ -27,6 +27,28 @@ class Batch:
         """The sequences `start` to `stop`, as views."""
         return Batch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
+    def cut(self, length: int) -> "Batch":
+        """The same tokens as sequences of a shorter length that divides T; positions begin anew where a document is cut."""
+        if length == self.tokens.shape[1]:
+            return self
+        pieces = self.tokens.shape[1] // length
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut = {name: x.reshape(-1, length) if x.ndim == 2 else np.repeat(x, pieces) for name, x in columns.items()}
+        first = cut["doc_ids"][:, :1]
+        cut["positions"] = np.where(cut["doc_ids"] == first, cut["positions"] - cut["positions"][:, :1], cut["positions"])
+        cut["doc_ids"] = np.where(cut["doc_ids"] < 0, -1, cut["doc_ids"] - first)
+        return Batch(**cut)
+
+    def boundaries(self) -> tuple[np.ndarray, int]:
+        """Where documents begin in the sequences laid end to end, for attention of variable length: int32 [documents + 1] and the longest.
+
+        Padding counts as a document of its own.
+        """
+        starts = np.ones(self.doc_ids.shape, dtype=bool)
+        starts[:, 1:] = self.doc_ids[:, 1:] != self.doc_ids[:, :-1]
+        places = np.append(np.flatnonzero(starts), starts.size).astype(np.int32)
+        return places, int(np.diff(places).max(initial=0))
+
 
 def make_sample_id(domain: int, epoch: int, block: int, sequence: int) -> int:
     """One number for one sequence of a run: 8 bits of domain, 15 of epoch, 22 of block, 18 of sequence."""

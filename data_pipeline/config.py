@@ -1,6 +1,5 @@
-"""What the data pipeline can be told: sources and transforms (in their own files), tokenizer, shards, executor, mixing and loading."""
+"""What the data pipeline can be told: sources and transforms (in their own files), tokenizer, shards, executor and loading."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +25,9 @@ class ShardConfig(Settings):
 
     block_tokens: Annotated[int, Field(ge=1024, le=2**26)] = 1 << 20
     shard_tokens: Annotated[int, Field(ge=1024)] = 1 << 27
+    weight: str | None = (
+        None  # the score that a training document's tokens are weighed by in the loss, 1 where it has none; None: all weigh 1
+    )
 
 
 class ExecutorConfig(Settings):
@@ -84,46 +86,56 @@ class DataRecipe(BaseModel):
     data: DataConfig
 
 
-class StaticMixing(Settings):
-    """Fixed shares per domain; None means each domain's share of the corpus's tokens."""
+class LengthStage(Settings):
+    """Shorter sequences from a step on."""
 
-    policy: Literal["static"] = "static"
-    weights: dict[str, float] | Literal["natural", "uniform"] = "natural"
-
-    @field_validator("weights")
-    @classmethod
-    def _positive(cls, value: dict[str, float] | str) -> dict[str, float] | str:
-        return check_weights(value) if isinstance(value, dict) else value
-
-
-class OdmMixing(Settings):
-    """Online data mixing: an EXP3-like bandit over domains (Albalak et al. 2023, arXiv 2312.02406)."""
-
-    policy: Literal["odm"]
-    form: Literal["paper", "released"] = "paper"
-    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # smoothing of the rewards
-    warmup_steps: Annotated[int, Field(ge=0)] = 20  # at the initial mixture
-    initial: dict[str, float] | Literal["natural", "uniform"] = "natural"
-    # Where the rewards start: zero as published (a domain unseen early then collapses to the floor), or at the domain's first loss.
-    initial_reward: Literal["zero", "first_loss"] = "first_loss"
-
-    @field_validator("initial")
-    @classmethod
-    def _positive(cls, value: dict[str, float] | str) -> dict[str, float] | str:
-        return check_weights(value) if isinstance(value, dict) else value
-
-
-Mixing = Annotated[StaticMixing | OdmMixing, Field(discriminator="policy")]
+    at_step: Annotated[int, Field(ge=0)]
+    sequence_length: Annotated[int, Field(ge=8)]
 
 
 class LoaderConfig(Settings):
-    """Which sequences make a step. All of these are constants of a run, independent of the number of ranks."""
+    """Which sequences make a step, independent of the number of ranks. Length, unit, packing and seed are constants of a run."""
+
+    corpora: list[Path] = []  # finished corpora besides the run's own, of the same tokenizer; their domains join
 
     sequence_length: Annotated[int, Field(ge=8)] = 256
     global_batch: Annotated[int, Field(ge=1)] = 32  # sequences per step
     unit_sequences: Annotated[int, Field(ge=1)] = 4  # sequences of one domain per draw of the policy
-    update_delay: Annotated[int, Field(ge=1)] = 1  # steps between a loss and the draw it may influence
+    update_delay: Annotated[int, Field(ge=1)] = 2  # steps between a loss and the draw it may influence; from 2 on, nobody waits for a batch
+    length_schedule: list[
+        LengthStage
+    ] = []  # sequences cut into shorter ones, as many more of them; the order and the tokens of a step stay
+    packing: Literal["chunk", "best_fit", "fixed"] = "chunk"  # data_pipeline/packing.py says what each wastes
+    prefetch: Annotated[int, Field(ge=0)] = 2  # steps whose batches are built ahead, in a thread; 0: none
+    damaged: Literal["stop", "skip"] = (
+        "stop"  # what to do with a block that does not match its hash: end the run, or train on without its tokens
+    )
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _order_known_without_reading(self) -> "LoaderConfig":
+        if self.damaged == "skip" and self.packing == "best_fit":
+            raise ValueError(
+                'damaged = "skip" needs packing = "chunk" or "fixed": how many sequences a block has under best_fit is only known from the block'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_divide(self) -> "LoaderConfig":
+        steps = [stage.at_step for stage in self.length_schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"length_schedule: at_step = {steps}: stages stand in ascending order")
+        for stage in self.length_schedule:
+            if self.sequence_length % stage.sequence_length:
+                raise ValueError(
+                    f"length_schedule: {stage.sequence_length} at step {stage.at_step} does not divide sequence_length = {self.sequence_length}"
+                )
+        return self
+
+    def length_at(self, step: int) -> int:
+        """The length of the sequences that are trained on in a step."""
+        lengths = [stage.sequence_length for stage in self.length_schedule if stage.at_step <= step]
+        return lengths[-1] if lengths else self.sequence_length
 
     @model_validator(mode="after")
     def _units_fill_the_batch(self) -> "LoaderConfig":
@@ -133,13 +145,3 @@ class LoaderConfig(Settings):
                 f"choose unit_sequences from {', '.join(str(d) for d in range(1, self.global_batch + 1) if self.global_batch % d == 0)}"
             )
         return self
-
-
-def check_weights(weights: dict[str, float]) -> dict[str, float]:
-    """Weights are shares: positive, finite, and they sum to 1."""
-    for domain, weight in weights.items():
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"the weight of {domain} is {weight}; shares are finite and not negative")
-    if abs(total := sum(weights.values()) - 1.0) > 1e-3:
-        raise ValueError(f"the weights sum to {total + 1.0:.4g}; they are shares and sum to 1")
-    return weights

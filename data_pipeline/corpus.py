@@ -15,7 +15,7 @@ from typing import Any
 from regrowth.data_pipeline.shards import REMEDY, Shard
 from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.errors import UserError, nearest
-from regrowth.files import read_json
+from regrowth.files import fingerprint, read_json
 
 SPLITS = ("train", "heldout")
 
@@ -58,21 +58,34 @@ class Corpus:
         """Tokens of a domain in a split, document starts included."""
         return sum(shard["tokens"] for shard in self.manifest["splits"][split].get(domain, []))
 
-    def shards(self, split: str, domain: str) -> list[Shard]:
-        """The shards of a domain, opened and checked for size."""
+    def rows(self, split: str, domain: str) -> list[dict[str, Any]]:
+        """The manifest's lines of a domain's shards.
+
+        Raises:
+            UserError: the corpus has no such domain.
+        """
         rows = self.manifest["splits"][split].get(domain)
         if rows is None and domain not in self.domains:
             raise UserError(f"{self.folder}: no domain {domain!r}; {nearest(domain, self.domains)}")
-        shards = []
-        for row in rows or []:
-            shard = Shard(self.folder / row["path"])
-            if shard.index.sha256 != row["sha256"]:
-                raise UserError(f"{shard.path}: not the shard that {self.folder}/corpus.json lists (another sha256). {REMEDY}")
-            counts = {"documents": shard.index.documents, "tokens": shard.index.tokens}
-            if listed := [f"{what} = {row[what]}" for what, count in counts.items() if row[what] != count]:
-                raise UserError(f"{self.folder}/corpus.json: {', '.join(listed)} for {row['path']}, whose index says {counts}. {REMEDY}")
-            shards.append(shard)
-        return shards
+        return rows or []
+
+    def shard(self, row: dict[str, Any]) -> Shard:
+        """The shard of a line of the manifest, opened and checked for size."""
+        shard = Shard(self.folder / row["path"])
+        if shard.index.sha256 != row["sha256"]:
+            raise UserError(f"{shard.path}: not the shard that {self.folder}/corpus.json lists (another sha256). {REMEDY}")
+        counts = {"documents": shard.index.documents, "tokens": shard.index.tokens}
+        if listed := [f"{what} = {row[what]}" for what, count in counts.items() if row[what] != count]:
+            raise UserError(f"{self.folder}/corpus.json: {', '.join(listed)} for {row['path']}, whose index says {counts}. {REMEDY}")
+        return shard
+
+    def shards(self, split: str, domain: str) -> list[Shard]:
+        """The shards of a domain, opened and checked for size."""
+        return [self.shard(row) for row in self.rows(split, domain)]
+
+    def identity(self, domain: str) -> str:
+        """A hash of a domain's training shards: equal where they hold the same documents in the same order."""
+        return fingerprint([row["sha256"] for row in self.rows("train", domain)])
 
     def missing(self) -> list[Path]:
         """Shards and indexes that the manifest lists and the disk does not have."""

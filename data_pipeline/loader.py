@@ -4,151 +4,182 @@ The step's sequences are decided globally and the same on every rank; a rank the
 the number of ranks, and the state is one cursor per domain plus the mixer's.
 """
 
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 import numpy as np
 
-from regrowth.data_pipeline.batch import Batch, make_sample_id, split_sample_id
-from regrowth.data_pipeline.config import LoaderConfig, Mixing
+from regrowth.data_pipeline.batch import Batch, split_sample_id
+from regrowth.data_pipeline.config import LoaderConfig
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.mixing.build import build_policy
+from regrowth.data_pipeline.mixing.config import Mixing
+from regrowth.data_pipeline.mixing.decisions import Script
+from regrowth.data_pipeline.mixing.limits import Limits, SaturationMonitor
 from regrowth.data_pipeline.mixing.mixer import Mixer
-from regrowth.data_pipeline.mixing.policy import build_policy
-from regrowth.data_pipeline.order import PackedBlock, key64, pack_block, permuted, sequences_in
+from regrowth.data_pipeline.reader import Cursor, Damage, DomainReader
 from regrowth.errors import UserError
 
-
-@dataclass
-class Cursor:
-    """Where a domain's reading stands: which epoch, which place in its permutation of blocks, which place in that block's of sequences."""
-
-    epoch: int = 0
-    position: int = 0
-    offset: int = 0
-
-
-class DomainReader:
-    """The sequences of one domain, by (epoch, block, sequence)."""
-
-    def __init__(self, corpus: Corpus, split: str, domain: str, index: int, length: int, seed: int) -> None:
-        self.domain, self.index, self.length, self.seed = domain, index, length, seed
-        self.shards = corpus.shards(split, domain)
-        self.end_of_text = corpus.tokenizer.end_of_text
-        self.blocks = [(shard, number) for shard in self.shards for number in range(len(shard.index.blocks))]
-        self.counts = [sequences_in(shard.index.blocks[number].tokens, length) for shard, number in self.blocks]
-        self._packed = lru_cache(maxsize=2)(self._pack)
-
-    def take(self, cursor: Cursor, count: int) -> list[int]:
-        """The next `count` sequences as sample ids; moves the cursor. An epoch ends when every sequence of every block was taken once."""
-        taken = []
-        for _ in range(count):
-            block = permuted(cursor.position, len(self.blocks), key64(self.seed, "blocks", self.domain, cursor.epoch))
-            # Neighbours in a block are often cut from one long document: the sequences of a block are permuted too.
-            sequence = permuted(cursor.offset, self.counts[block], key64(self.seed, "sequences", self.domain, cursor.epoch, block))
-            taken.append(make_sample_id(self.index, cursor.epoch, block, sequence))
-            cursor.offset += 1
-            if cursor.offset == self.counts[block]:
-                cursor.offset, cursor.position = 0, cursor.position + 1
-                if cursor.position == len(self.blocks):
-                    cursor.position, cursor.epoch = 0, cursor.epoch + 1
-        return taken
-
-    def sequence(self, sample_id: int) -> tuple[np.ndarray, ...]:
-        """The arrays of one sequence, each [T]."""
-        _, epoch, block, sequence = split_sample_id(sample_id)
-        packed = self._packed(epoch, block)
-        return tuple(getattr(packed, f.name)[sequence] for f in fields(PackedBlock))
-
-    def _pack(self, epoch: int, block: int) -> PackedBlock:
-        shard, number = self.blocks[block]
-        tokens, row_offsets = shard.block(number)
-        return pack_block(tokens, row_offsets, self.length, self.end_of_text, key64(self.seed, "pack", self.domain, epoch, block))
+# The order of a domain's sequences is theirs; they may not change while a run goes on.
+_ORDER = ("sequence_length", "unit_sequences", "packing", "seed")
 
 
 class Loader:
     """Training batches of a corpus under a mixing policy.
 
+    Args:
+        steps: of the whole run, for policies that plan ahead; 0 where nobody knows.
+
     Raises:
-        UserError: the mixing config names domains the corpus does not have.
+        UserError: the mixing config names domains the corpus does not have, its bounds cannot be met, or the log to follow is of other data.
     """
 
-    def __init__(self, corpus: Corpus, config: LoaderConfig, mixing: Mixing) -> None:
-        self.corpus, self.config = corpus, config
+    def __init__(self, corpus: Corpus, config: LoaderConfig, mixing: Mixing, steps: int = 0) -> None:
+        self.corpus, self.config, self.mixing = corpus, config, mixing
         self.domains = corpus.domains
         if len(self.domains) > 256:
             raise UserError(
                 f"{corpus.folder}: {len(self.domains)} domains; a run mixes at most 256. Set `domain` of some data.sources to merge them."
             )
         tokens = [corpus.tokens("train", d) for d in self.domains]
-        policy = build_policy(mixing, self.domains, tokens)
-        units = config.global_batch // config.unit_sequences
-        self.mixer = Mixer(policy, self.domains, units, config.update_delay, config.seed)
-        self.readers = [DomainReader(corpus, "train", d, i, config.sequence_length, config.seed) for i, d in enumerate(self.domains)]
+        self.budget_tokens = steps * config.global_batch * config.sequence_length
+        policy = build_policy(mixing, self.domains, tokens, self.budget_tokens)
+        limits = Limits.of(mixing, self.domains)
+        monitor = SaturationMonitor(mixing.saturation, len(self.domains)) if mixing.saturation else None
+        self.mixer = Mixer(
+            policy, self.domains, config.global_batch // config.unit_sequences, config.update_delay, config.seed, limits, monitor
+        )
+        self.readers = [
+            DomainReader(corpus, "train", d, i, config.sequence_length, config.seed, config.packing, config.damaged == "skip")
+            for i, d in enumerate(self.domains)
+        ]
         self.cursors = [Cursor() for _ in self.domains]
+        self.script = Script.open(mixing.replay_log, self.segment()) if mixing.replay_log else None
+        self._before: dict[int, list[Cursor]] = {}  # the cursors as they were before each step that is not done yet
+
+    def may_plan(self, step: int) -> bool:
+        """Whether a step can be planned already: not before the losses are there that its draw has to see."""
+        return self.script is not None or self.mixer.may_draw(step)
 
     def plan_step(self, step: int) -> list[int]:
-        """Draw the step's domains and take its sequences: the sample ids of the global batch, in order. Every rank calls this once a step."""
-        drawn = self.mixer.draw(step)
+        """Draw the step's domains and take its sequences: the sample ids of the global batch, in order. Every rank calls this once a step.
+
+        Raises:
+            UserError: no domain may be read any more (mixing.max_epochs), or the log that is followed ends here.
+        """
+        if self.script:
+            row = self.script.row(step)
+            self.cursors = [Cursor(*row["cursors"][place]) for place in self.script.places]
+            back = {theirs: mine for mine, theirs in enumerate(self.script.places)}
+            shares = [row["probabilities"][place] for place in self.script.places]
+            self._before[step] = [replace(c) for c in self.cursors]
+            drawn = self.mixer.follow(step, shares, [back[d] for d in row["draws"]])
+        else:
+            self._before[step] = [replace(c) for c in self.cursors]
+            drawn = self.mixer.draw(step, self._room())
         return [s for domain in drawn for s in self.readers[domain].take(self.cursors[domain], self.config.unit_sequences)]
 
     def build(self, sample_ids: list[int]) -> Batch:
         """The Batch of these sequences, in this order."""
-        return assemble([self.readers[split_sample_id(s)[0]].sequence(s) for s in sample_ids], sample_ids)
+        return assemble(self.readers, sample_ids, self.config.sequence_length)
+
+    def observe(self, step: int, losses: dict[int, float]) -> dict[str, Any]:
+        """Take the mean loss of each domain of a step; returns the step's row of the decision log."""
+        before = self._before.pop(step)
+        return {**self.mixer.observe(step, losses), "cursors": [astuple(c) for c in before]}
+
+    def cursors_before(self, step: int) -> list[Cursor]:
+        """Where reading stands before a step, whatever was planned ahead."""
+        return [replace(c) for c in self._before.get(step, self.cursors)]
+
+    def damage(self) -> list[Damage]:
+        """Blocks that were skipped since this was asked last."""
+        found = []
+        for reader in self.readers:
+            while reader.damaged:  # a thread may be adding to it
+                found.append(reader.damaged.pop(0))
+        return found
 
     def epochs(self) -> dict[str, float]:
         """How often each domain has been read, in epochs."""
-        passed = {}
-        for reader, cursor in zip(self.readers, self.cursors, strict=True):
-            key = key64(reader.seed, "blocks", reader.domain, cursor.epoch)
-            done = sum(reader.counts[permuted(p, len(reader.blocks), key)] for p in range(cursor.position))
-            passed[reader.domain] = cursor.epoch + (done + cursor.offset) / max(sum(reader.counts), 1)
-        return passed
+        return {reader.domain: reader.epochs(cursor) for reader, cursor in zip(self.readers, self.cursors, strict=True)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able state between two steps: nothing in it depends on ranks."""
-        return {"identity": self._identity(), "cursors": [asdict(c) for c in self.cursors], "mixer": self.mixer.state_dict()}
+    def state_dict(self, next_step: int | None = None) -> dict[str, Any]:
+        """JSON-able state before `next_step` (None: nothing was planned ahead). Nothing in it depends on ranks."""
+        cursors = self.cursors if next_step is None else self.cursors_before(next_step)
+        return {"identity": self._identity(), "cursors": [asdict(c) for c in cursors], "mixer": self.mixer.state_dict(next_step)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` gave. Domains may have joined since (they begin at their beginning) or left.
 
         Raises:
             UserError: the state belongs to another corpus or to another order; the difference is named.
         """
         mine, theirs = self._identity(), state["identity"]
-        if differing := [key for key in mine if mine[key] != theirs.get(key)]:
-            told = "; ".join(f"{key}: checkpoint {theirs.get(key)!r}, now {mine[key]!r}" for key in differing)
-            raise UserError(f"{self.corpus.folder}: the checkpoint's loader state is of another corpus or order ({told}). "
+        if not isinstance(known := theirs.get("domains", {}), dict):
+            raise UserError(f"{self.corpus.folder}: the checkpoint's loader state was written by an older version, which did not say where each domain's "
+                            "sequences stood in all. Start a new run with run.start_from = the checkpoint.")  # fmt: skip
+        told = [
+            f"{key}: checkpoint {theirs.get(key)!r}, now {mine[key]!r}" for key in ("tokenizer", *_ORDER) if mine[key] != theirs.get(key)
+        ]
+        told += [f"domain {d}: other shards than the checkpoint's" for d in self.domains if d in known and mine["domains"][d] != known[d]]
+        if not set(known) & set(self.domains):
+            told.append(f"domains: checkpoint {sorted(known)}, now {self.domains}")
+        if told:
+            raise UserError(f"{self.corpus.folder}: the checkpoint's loader state is of another corpus or order ({'; '.join(told)}). "
                             "Resume with the run's own data, or start a new run with run.start_from = the checkpoint.")  # fmt: skip
-        self.cursors = [Cursor(**c) for c in state["cursors"]]
+        cursors = dict(zip(known, state["cursors"], strict=True))
+        self.cursors = [Cursor(**cursors[d]) if d in cursors else Cursor() for d in self.domains]
         self.mixer.load_state_dict(state["mixer"])
 
-    def _identity(self) -> dict[str, Any]:
-        c = self.config
+    def segment(self) -> dict[str, Any]:
+        """What a stretch of the decision log is decided by: with it, the log can be recomputed."""
         return {
+            "mixing": self.mixing.model_dump(mode="json"),
+            "loader": self.config.model_dump(mode="json"),
             "domains": self.domains,
             "tokens": [self.corpus.tokens("train", d) for d in self.domains],
+            "budget_tokens": self.budget_tokens,
+            "identity": self._identity(),
+            "max_sequences": [None if np.isinf(most) else most for most in self._most().tolist()],
+        }
+
+    def _room(self) -> np.ndarray | None:
+        most = self._most()
+        if np.isinf(most).all():
+            return None
+        return np.floor((most - np.array([c.taken for c in self.cursors])) / self.config.unit_sequences)
+
+    def _most(self) -> np.ndarray:
+        """float64 [K]: sequences that may be read of each domain."""
+        limits = self.mixer.limits
+        assert limits is not None
+        capped = np.isfinite(limits.epochs)
+        sizes = np.array([reader.sequences if cap else 1 for reader, cap in zip(self.readers, capped, strict=True)], dtype=np.float64)
+        return np.floor(limits.epochs * sizes)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "domains": {d: self.corpus.identity(d) for d in self.domains},
             "tokenizer": self.corpus.manifest["tokenizer"]["hash"],
-            "sequence_length": c.sequence_length,
-            "unit_sequences": c.unit_sequences,
-            "update_delay": c.update_delay,
-            "seed": c.seed,
+            **{key: getattr(self.config, key) for key in _ORDER},
         }
 
 
 def heldout_batches(corpus: Corpus, domain: str, length: int, limit: int | None = None) -> Batch:
     """Held-out sequences of a domain, in a fixed order, at most `limit` of them."""
-    reader = DomainReader(corpus, "heldout", domain, corpus.domains.index(domain), length, seed=0)
-    total = sum(reader.counts)
+    reader = DomainReader(corpus, "heldout", domain, index := corpus.domains.index(domain), length, seed=0)
+    total = reader.sequences
     ids = reader.take(Cursor(), min(total, limit) if limit else total) if total else []
-    return assemble([reader.sequence(s) for s in ids], ids, length)
+    return assemble([reader] * (index + 1), ids, length)
 
 
-def assemble(sequences: list[tuple[np.ndarray, ...]], sample_ids: list[int], length: int = 0) -> Batch:
-    """Stack sequences into a Batch."""
-    if not sequences:
-        empty = np.zeros((0, length), dtype=np.int32)
-        return Batch(empty, empty, empty, empty, empty.astype(np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64))
-    tokens, labels, positions, doc_ids, loss_weight = (np.stack(column) for column in zip(*sequences, strict=True))
+def assemble(readers: list[DomainReader], sample_ids: list[int], length: int) -> Batch:
+    """The Batch of these sequences [B], filled in place."""
+    shape = (len(sample_ids), length)
+    tokens, labels, positions, doc_ids = (np.empty(shape, dtype=np.int32) for _ in range(4))
+    columns = (tokens, labels, positions, doc_ids, np.empty(shape, dtype=np.float32))
     domain = np.array([split_sample_id(s)[0] for s in sample_ids], dtype=np.int32)
-    return Batch(tokens, labels, positions, doc_ids, loss_weight, domain, np.array(sample_ids, dtype=np.int64))
+    for sample, index, *rows in zip(sample_ids, domain.tolist(), *columns, strict=True):
+        readers[index].fill(sample, tuple(rows))
+    return Batch(*columns, domain, np.array(sample_ids, dtype=np.int64))

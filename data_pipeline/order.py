@@ -1,10 +1,9 @@
-"""The order in which a domain's tokens are read: blocks permuted by a keyed Feistel network, packing a pure function of its arguments.
+"""The order in which a domain's tokens are read: blocks and the sequences in them, permuted by a keyed Feistel network.
 
 Nothing here keeps state or memory in proportion to the corpus: sequence number k of an epoch is computed, not remembered.
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +12,14 @@ def key64(*parts: object) -> int:
     """A 64-bit key from any printable parts; the same on every machine and Python version."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def uniforms(count: int, *parts: object) -> np.ndarray:
+    """float64 [count] in [0, 1): number i depends on the parts and on i alone (splitmix64 counted up from their key)."""
+    value = np.uint64(key64(*parts)) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return ((value ^ value >> np.uint64(31)) >> np.uint64(11)) * 2.0**-53
 
 
 def permuted(position: int, count: int, key: int, rounds: int = 6) -> int:
@@ -34,74 +41,28 @@ def permuted(position: int, count: int, key: int, rounds: int = 6) -> int:
             return value
 
 
+def permutation(count: int, key: int, rounds: int = 6) -> np.ndarray:
+    """int64 [count]: `permuted` of every position at once."""
+    half = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64((key + 0x9E3779B97F4A7C15 * (round_ + 1)) & 0xFFFFFFFFFFFFFFFF) for round_ in range(rounds)]
+    value = np.arange(count, dtype=np.uint64)
+    outside = np.arange(count)  # where the walk goes on
+    while len(outside):
+        left, right = value[outside] >> half, value[outside] & mask
+        for round_key in keys:
+            mixed = right ^ round_key
+            mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & mask)
+        value[outside] = left << half | right
+        outside = outside[value[outside] >= count]
+    return value.astype(np.int64)
+
+
 def _mix(value: int) -> int:
     """splitmix64's finaliser."""
     value &= 0xFFFFFFFFFFFFFFFF
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return value ^ value >> 31
-
-
-@dataclass(frozen=True)
-class PackedBlock:
-    """A block's documents as fixed-length sequences; arrays are [sequences, length].
-
-    The last sequence of a block is filled up with padding (`doc_ids` -1, `loss_weight` 0), so that no token is lost or read twice.
-    """
-
-    tokens: np.ndarray  # int32
-    labels: np.ndarray  # int32, already shifted: what follows each token within its document, END_OF_TEXT at its end
-    positions: np.ndarray  # int32, from the document's start or the sequence's, whichever is later
-    doc_ids: np.ndarray  # int32, counted from 0 in each sequence
-    loss_weight: np.ndarray  # float32, 1 or 0
-
-
-def sequences_in(tokens: int, length: int) -> int:
-    """How many sequences of `length` a block of `tokens` packs into."""
-    return -(-tokens // length)
-
-
-def pack_block(tokens: np.ndarray, row_offsets: np.ndarray, length: int, end_of_text: int, key: int) -> PackedBlock:
-    """Concatenate a block's documents in the order that `key` draws and cut them into sequences of `length`.
-
-    Args:
-        tokens: [n] the block's token ids, document after document.
-        row_offsets: int64 [documents + 1] where each document starts.
-        length: sequence length.
-        end_of_text: the label of a document's last token, and the filling.
-        key: the permutation of the documents.
-
-    Documents longer than a sequence go on in the next one, without the context before the cut; about one document in each sequence is cut.
-    """
-    sizes = np.diff(row_offsets)
-    order = np.random.Generator(np.random.Philox(key=key)).permutation(len(sizes))
-    starts, sizes = row_offsets[:-1][order] - row_offsets[0], sizes[order]
-    total = int(sizes.sum())
-    ends = np.cumsum(sizes)
-    gather = np.arange(total) + np.repeat(starts - (ends - sizes), sizes)
-    document = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-
-    count = sequences_in(total, length)
-    flat = np.full(count * length, end_of_text, dtype=np.int32)
-    labels, document_of = flat.copy(), np.full(count * length, -1, dtype=np.int64)
-    flat[:total] = tokens[gather]
-    labels[: max(total - 1, 0)] = flat[1:total]
-    labels[ends[sizes > 0] - 1] = end_of_text
-    document_of[:total] = document
-
-    begin = np.zeros(count * length, dtype=np.int64)
-    begin[:total] = np.repeat(ends - sizes, sizes)
-    begin[total:] = total
-    place = np.arange(count * length)
-    sequence_start = place // length * length
-    positions = place - np.maximum(begin, sequence_start)
-    document_of = document_of.reshape(count, length)
-    doc_ids = np.where(document_of < 0, -1, document_of - document_of[:, :1])
-    shape = (count, length)
-    return PackedBlock(
-        tokens=flat.reshape(shape),
-        labels=labels.reshape(shape),
-        positions=positions.astype(np.int32).reshape(shape),
-        doc_ids=doc_ids.astype(np.int32),
-        loss_weight=(document_of >= 0).astype(np.float32),
-    )

@@ -258,7 +258,10 @@ def _inputs(config: DataConfig) -> dict[str, str]:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    settings = config.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    if config.shards.weight is None:  # a key that came later; corpora from before it keep their folders
+        del settings["shards"]["weight"]
+    return settings
 
 
 def _refuse_difference(root: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -42,13 +42,14 @@ def shard_schema(vocabulary: int, metadata: dict[str, str], scores: Sequence[str
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """Where one record batch lies: byte positions in the file, and the hash of its token values and row offsets."""
+    """Where one record batch lies: byte positions in the file, and the hash of its token values, row offsets and (unless all are 1) weights."""
 
     rows: int
     tokens: int
     values_offset: int
     row_offsets_offset: int
     xxh3: str
+    weights_offset: int = -1  # -1: every document weighs 1
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,10 @@ def index_blocks(path: Path) -> list[BlockIndex]:
     blocks = []
     with pa.ipc.open_stream(pa.py_buffer(mapped)) as reader:
         for batch in reader:
-            column = batch.column("tokens")
+            column, weight = batch.column("tokens"), batch.column("weight")
             row_offsets, values = column.buffers()[1], column.values.buffers()[1]
             assert row_offsets is not None
+            weighed = bool((weight.to_numpy() != 1.0).any())
             count = len(column.values)
             data = values.slice(0, count * column.values.type.bit_width // 8) if values is not None else b""
             blocks.append(
@@ -168,16 +170,33 @@ def index_blocks(path: Path) -> list[BlockIndex]:
                     tokens=count,
                     values_offset=values.address - mapped.address if values is not None else 0,
                     row_offsets_offset=row_offsets.address - mapped.address,
-                    xxh3=_block_hash(data, row_offsets.slice(0, 8 * (len(batch) + 1))),
+                    xxh3=_block_hash(
+                        data, row_offsets.slice(0, 8 * (len(batch) + 1)), weight.buffers()[1].slice(0, 4 * len(batch)) if weighed else b""
+                    ),
+                    weights_offset=weight.buffers()[1].address - mapped.address if weighed else -1,
                 )
             )
     return blocks
 
 
-def _block_hash(values: Any, row_offsets: Any) -> str:
-    digest = xxhash.xxh3_64(values)
-    digest.update(row_offsets)
+def _block_hash(*parts: Any) -> str:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
+
+
+class DamagedShard(UserError):
+    """What a shard holds is not what its index says."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's documents, as views of the file."""
+
+    tokens: np.ndarray  # uint16 or int32 [n]
+    row_offsets: np.ndarray  # int64 [documents + 1]
+    weights: np.ndarray | None  # float32 [documents]; None: all 1
 
 
 class Shard:
@@ -200,20 +219,30 @@ class Shard:
             raise UserError(f"{path}: the shard is missing, its index is there. {REMEDY}")
         if (size := path.stat().st_size) != self.index.size:
             raise UserError(f"{path}: damaged, {size:,} bytes where its index says {self.index.size:,}. {REMEDY}")
-        self._mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        self._mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of the subclass cost ten times as much
         self._checked: set[int] = set()
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Block `number` as (tokens [n], row offsets int64 [rows + 1]), views of the mapped file."""
-        block = self.index.blocks[number]
-        dtype = np.uint16 if self.index.token_bytes == 2 else np.int32
-        raw = self._mapped[block.values_offset : block.values_offset + block.tokens * self.index.token_bytes]
-        rows = self._mapped[block.row_offsets_offset : block.row_offsets_offset + 8 * (block.rows + 1)]
+        block = self.whole_block(number)
+        return block.tokens, block.row_offsets
+
+    def whole_block(self, number: int) -> Block:
+        """Block `number` with the weights of its documents; its hash is checked the first time."""
+        return self._block(number, self._mapped, 0)
+
+    def _block(self, number: int, raw: np.ndarray, begin: int) -> Block:
+        """Block `number` from bytes [n] that begin at the shard's byte `begin`."""
+        index = self.index.blocks[number]
+        values = raw[index.values_offset - begin :][: index.tokens * self.index.token_bytes]
+        rows = raw[index.row_offsets_offset - begin :][: 8 * (index.rows + 1)]
+        weights = raw[index.weights_offset - begin :][: 4 * index.rows] if index.weights_offset >= 0 else raw[:0]
         if number not in self._checked:
-            if _block_hash(raw.data, rows.data) != block.xxh3:
-                raise UserError(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {REMEDY}")
+            if _block_hash(values.data, rows.data, weights.data) != index.xxh3:
+                raise DamagedShard(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {REMEDY}")
             self._checked.add(number)
-        return raw.view(dtype), rows.view(np.int64)
+        dtype = np.uint16 if self.index.token_bytes == 2 else np.int32
+        return Block(values.view(dtype), rows.view(np.int64), weights.view(np.float32) if index.weights_offset >= 0 else None)
 
     def table(self, number: int) -> pa.RecordBatch:
         """Block `number` with all its columns, for looking up ids and lineage; slower than `block`."""
@@ -239,4 +268,5 @@ REMEDY = "Remove this shard (and its .json) and run `regrowth data prepare` agai
 
 def shard_summary(index: ShardIndex, path: str) -> dict[str, Any]:
     """A shard's line in the corpus manifest."""
-    return {"path": path, "documents": index.documents, "tokens": index.tokens, "text_bytes": index.text_bytes, "sha256": index.sha256}
+    counts = {"documents": index.documents, "tokens": index.tokens, "text_bytes": index.text_bytes, "blocks": len(index.blocks)}
+    return {"path": path, **counts, "sha256": index.sha256}

@@ -53,9 +53,9 @@ def run_of(checkpoint: Path) -> RunFolder:
 
 def corpus_of_checkpoint(checkpoint: Path) -> Corpus:
     """The corpus a checkpoint was trained on."""
-    from regrowth.launch.training import corpus_of
+    from regrowth.launch.training import corpora_of
 
-    return Corpus.open(corpus_of(run_of(checkpoint)))
+    return corpora_of(run_of(checkpoint))
 
 
 def load_model(checkpoint: Path) -> Transformer:

@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Documents to Arrow shards.", no_args_is_help=True)
 launch_app = typer.Typer(help="Start runs on this machine or on a cluster.", no_args_is_help=True)
+mix_app = typer.Typer(help="Look into the mixture of a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(mix_app, name="mix")
 app.add_typer(launch_app, name="launch")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, as section.key=value.")]
@@ -309,6 +311,41 @@ def data_verify(corpus: Annotated[str, typer.Argument(help="A corpus folder, a c
     from regrowth.launch.data import verify as go
 
     go(corpus, overrides or [])
+
+
+Run = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@mix_app.command("replay")
+def mix_replay(run: Run) -> None:
+    """Recompute every decision of a run from its logged losses; they must agree to the last bit."""
+    from regrowth.launch.mix import replay as go
+
+    go(run)
+
+
+@mix_app.command("explain")
+def mix_explain(
+    run: Run,
+    step: Annotated[int, typer.Option(help="The step, as in metrics.jsonl.", min=0)],
+    documents: Annotated[int, typer.Option(help="Documents to list.", min=0)] = 20,
+    domain: Annotated[str | None, typer.Option(help="List this domain's only.")] = None,
+    text: Annotated[int, typer.Option(help="Characters of each document to show.", min=0)] = 60,
+) -> None:
+    """Which documents a step was made of, from which shards and sources."""
+    from regrowth.launch.mix import explain as go
+
+    go(run, step, documents, domain, text)
+
+
+@mix_app.command("plot")
+def mix_plot(
+    run: Run, out: Annotated[Path | None, typer.Option(help="The page to write; default: mixture.html in the run.")] = None
+) -> None:
+    """Draw the mixture over time, as a page."""
+    from regrowth.launch.mix import plot as go
+
+    go(run, out)
 
 
 @launch_app.command("local")

@@ -10,6 +10,7 @@ from regrowth.errors import UserError
 from regrowth.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from regrowth.data_pipeline.corpus import Corpus
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.run_folder import RunFolder
 
@@ -127,6 +128,13 @@ def corpus_of(run: "RunFolder") -> Path:
     return folder
 
 
+def corpora_of(run: "RunFolder") -> "Corpus":
+    """All that a run reads, as one corpus."""
+    from regrowth.data_pipeline.corpora import open_corpora
+
+    return open_corpora(corpus_of(run), run.config().loader.corpora)
+
+
 def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     """Write changed settings into the run, with the change logged."""
     import time
@@ -135,14 +143,27 @@ def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     from regrowth.settings import to_toml
 
     before = run.config()
-    fixed = [name for name in ("model", "data", "loader", "mixing") if getattr(before, name) != getattr(config, name)]
+    fixed = [name for name in ("model", "data") if getattr(before, name) != getattr(config, name)]
+    # What a sequence is and in which order they come is settled; which domains they come from, and how many a step takes, is not.
+    order = ("sequence_length", "unit_sequences", "packing", "seed")
+    fixed += [f"loader.{key}" for key in order if getattr(before.loader, key) != getattr(config.loader, key)]
     if fixed:
         raise UserError(f"{run.path}: {' and '.join(fixed)} cannot change once a run has begun; start a new run for that.")
+    if config.loader.corpora != before.loader.corpora or config.mixing != before.mixing:
+        _check_mixture(run, config)
     if before == config:
         return
     write_text(run.path / "config.toml", to_toml(config))
     changed = [name for name in type(config).model_fields if getattr(before, name) != getattr(config, name)]
     run.log("events", {"event": "config changed", "time": time.time(), "sections": ", ".join(changed)})
+
+
+def _check_mixture(run: "RunFolder", config: "RunConfig") -> None:
+    """Refuse a mixture that does not fit the corpora before anything is written."""
+    from regrowth.data_pipeline.corpora import open_corpora
+    from regrowth.data_pipeline.loader import Loader
+
+    Loader(open_corpora(corpus_of(run), config.loader.corpora), config.loader, config.mixing, config.run.steps)
 
 
 def report(folder: Path) -> None:
@@ -154,13 +175,12 @@ def report(folder: Path) -> None:
 
 def make_report(run: "RunFolder") -> Path:
     """Write a run's report, with the byte trigram measured if it is not yet."""
-    from regrowth.data_pipeline.corpus import Corpus
     from regrowth.parallel.planner import clusters, load_cluster, predict
     from regrowth.pretrain.checkpoint import list_checkpoints, read_state
     from regrowth.pretrain.report.build import write_baseline, write_report
 
     try:
-        corpus = Corpus.open(corpus_of(run))
+        corpus = corpora_of(run)
     except UserError:
         corpus = None
     if corpus and not (run.path / "baseline.json").exists():

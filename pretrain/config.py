@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regrowth.data_pipeline.config import DataConfig, LoaderConfig, Mixing, StaticMixing
+from regrowth.data_pipeline.config import DataConfig, LoaderConfig
+from regrowth.data_pipeline.mixing.config import Mixing, StaticMixing
 from regrowth.errors import nearest
 from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
@@ -129,6 +130,7 @@ class RunConfig(Settings):
     def _rooms_fit_together(self) -> "RunConfig":
         self.parallel.check_batch(self.loader.global_batch)
         self.parallel.check_model(self.model, self.loader.sequence_length, self.loader.global_batch)
+        self._shorter_lengths_fit()
         self._grown_shapes_fit()
         self._blocks_divide()
         steps = [event.at_step for event in self.growth]
@@ -142,6 +144,16 @@ class RunConfig(Settings):
                 f"set model.vocabulary to at least {self.data.tokenizer.vocabulary}"
             )
         return self
+
+    def _shorter_lengths_fit(self) -> None:
+        """The plan must fit every length that sequences will have."""
+        for stage in self.loader.length_schedule:
+            if self.parallel.pp > 1:
+                raise ValueError("loader.length_schedule: the stages of a pipeline exchange messages of one shape; set parallel.pp = 1")
+            try:
+                self.parallel.check_model(self.model, stage.sequence_length, self.loader.global_batch)
+            except ValueError as error:
+                raise ValueError(f"loader.length_schedule at step {stage.at_step}: {error}") from error
 
     def _grown_shapes_fit(self) -> None:
         """The plan must fit every shape that the model will have."""
@@ -166,7 +178,8 @@ class RunConfig(Settings):
         }
         ffn = {"model.width": model.width, **{f"{key} / parallel.tp": size // plan.tp for key, size in model.hidden_widths.items()}}
         # A rank of cp holds two chunks of a sequence, and no block of tokens may straddle them.
-        chunk = self.loader.sequence_length // (2 * plan.cp if plan.cp > 1 else 1)
+        shortest = min([self.loader.sequence_length, *(stage.sequence_length for stage in self.loader.length_schedule)])
+        chunk = shortest // (2 * plan.cp if plan.cp > 1 else 1)
         if model.expert_count and any(q.format and q.granularity == "block" for q in (recipe.ffn.wgrad.a, recipe.ffn.wgrad.b)):
             raise ValueError("precision.recipe: blocks along the tokens do not fit experts, which get as many tokens as choose them; take a recipe with "
                              "scales per row for the FFN's weight gradients")  # fmt: skip

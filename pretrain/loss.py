@@ -14,9 +14,12 @@ from regrowth.parallel.engine import MicroBatch
 
 
 def to_tensors(batch: Batch, device: torch.device) -> MicroBatch:
-    """What the model and the loss need of a batch, on the device."""
+    """What the model and the loss need of a batch, on the device; copied from pinned memory to a GPU, without waiting."""
     wanted = ("tokens", "labels", "positions", "doc_ids", "loss_weight")
-    return {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))).to(device, non_blocking=True) for name in wanted}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in wanted}
+    if device.type == "cuda":
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def training_report(nll_BT: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from regrowth import __version__
+from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import UserError
 from regrowth.files import append_jsonl, read_jsonl, write_json, write_text
 from regrowth.pretrain.config import RunConfig
@@ -78,11 +79,16 @@ class RunFolder:
         """The rows of one of the run's logs."""
         return read_jsonl(self.path / f"{name}.jsonl")
 
+    def decisions(self) -> list[dict[str, Any]]:
+        """The steps of the decision log, without the rows that say what they are decided by."""
+        return [row for row in self.rows("mixing") if is_decision(row)]
+
     def rewind(self, step: int) -> None:
         """Forget the rows of steps that will be done again; events are history and stay."""
         for name in ("metrics", "mixing", "evaluations"):
             rows = self.rows(name)
-            kept = [row for row in rows if row["step"] < step + (name == "evaluations")]
+            # What stands in front of a step stays: its evaluation, and what its decisions are made by.
+            kept = [row for row in rows if row["step"] < step + (name == "evaluations" or (name == "mixing" and not is_decision(row)))]
             if len(kept) < len(rows):
                 import json
 

@@ -12,16 +12,20 @@ from typing import Any
 import torch
 
 from regrowth import __version__
+from regrowth.data_pipeline.batch import Batch
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.feed import Feed
 from regrowth.data_pipeline.loader import Loader
 from regrowth.errors import UserError
 from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import PrecisionRecipe
+from regrowth.parallel.engine import MicroBatch
 from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, verify
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.lineage import Lineage
+from regrowth.pretrain.loss import to_tensors
 
 
 class Session:
@@ -32,7 +36,7 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, mesh: Mesh, checkpoint: Path | None) -> None:
-        self.config, self.corpus = config, corpus
+        self.config, self.corpus, self.device = config, corpus, mesh.device
         begins = checkpoint is None
         checkpoint = checkpoint or config.run.start_from
         state = read_state(checkpoint) if checkpoint else None
@@ -51,8 +55,9 @@ class Session:
             config.parallel.check_model(self.model_config, config.loader.sequence_length, config.loader.global_batch)
         except ValueError as error:
             raise UserError(f"the model of {checkpoint or 'this config'} does not fit the plan: {error}.") from error
-        self.loader = Loader(corpus, config.loader, config.mixing)
+        self.loader = Loader(corpus, config.loader, config.mixing, config.run.steps)
         self.engine = build_engine(config, self.model_config, mesh)
+        self.feed = Feed(self.loader, self.engine.data_rank, self.engine.data_ranks, self._micro_batches, config.run.steps)
         self.recipe = PrecisionRecipe(name="unset")
         if checkpoint and state:
             if not begins:
@@ -60,6 +65,16 @@ class Session:
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.loaded(int(state.trainer["optimizer_steps"]))
+
+    def close(self) -> None:
+        """End the loader's thread; the session is done with."""
+        self.feed.close()
+
+    def _micro_batches(self, batch: Batch) -> tuple[float, list[MicroBatch]]:
+        """A rank's share of a step as the loss weight in it and its micro-batches on the device."""
+        size = self.config.parallel.micro_batch * (len(batch) * self.config.parallel.data_ranks // self.config.loader.global_batch)
+        parts = [to_tensors(batch.slice(i, min(i + size, len(batch))), self.device) for i in range(0, len(batch), size)]
+        return float(batch.loss_weight.sum()), parts
 
     def use_precision(self, recipe: PrecisionRecipe) -> None:
         """Let the linears follow a recipe from now on."""
@@ -71,7 +86,7 @@ class Session:
     def state(self, step: int, guard: dict[str, Any] | None = None) -> CheckpointState:
         """What a checkpoint of this moment says besides its tensors."""
         trainer: dict[str, Any] = {"step": step, "optimizer_steps": self.engine.optimizer_steps, "guard": guard or {}}
-        return CheckpointState(self.model_config, self.lineage, self.loader.state_dict(), trainer)
+        return CheckpointState(self.model_config, self.lineage, self.loader.state_dict(step), trainer)
 
 
 def prepare_process(config: RunConfig, ranks_here: int) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 
 from regrowth import __version__
-from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import exclusive, sha256_of
 from regrowth.parallel.agree import check_same, on_first_rank
@@ -63,7 +63,7 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
         with ExitStack() as held:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
-            corpus = Corpus.open(corpus_folder)
+            corpus = open_corpora(corpus_folder, config.loader.corpora)
             mesh = Mesh(config.parallel, device, config.run.timeout_seconds)
             try:
                 Trainer(run, config, corpus, mesh, rank, lambda: stop.asked).run_to_the_end()
@@ -81,5 +81,8 @@ def identity(config: RunConfig, corpus: Path) -> dict[str, str]:
         "the version of torch": torch.__version__,
         "the version of Python": platform.python_version(),
         "the hash of the config": hashlib.sha256(told.encode()).hexdigest()[:16],
-        "the hash of the corpus": sha256_of(corpus / "corpus.json")[:16],
+        **{
+            f"the hash of the corpus{f' {path.name}' if number else ''}": sha256_of(path / "corpus.json")[:16]
+            for number, path in enumerate([corpus, *(path for path in config.loader.corpora if (path / "corpus.json").exists())])
+        },
     }

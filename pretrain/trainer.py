@@ -17,6 +17,7 @@ import torch
 
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import RegrowthError, RunFailed, Stopped
 from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
@@ -26,7 +27,7 @@ from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_
 from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
 from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
-from regrowth.pretrain.loss import to_tensors, training_report
+from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.memory import is_out_of_memory
 from regrowth.pretrain.memory import letter as memory_letter
 from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
@@ -62,7 +63,8 @@ class Trainer:
         if checkpoint:
             self.saved_at = self.session.step
             self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
-        else:
+        self._begin_decisions(self.session.step)
+        if not checkpoint:
             self._event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
 
     def run_to_the_end(self) -> None:
@@ -106,8 +108,20 @@ class Trainer:
             raise
         finally:
             gc.enable()
+            self.session.close()
             if self.metrics:
                 self.metrics.close()
+
+    def _begin_decisions(self, step: int, anyway: bool = False) -> None:
+        """Say in the decision log what the decisions from here on are made by, unless the last to say so said the same."""
+        if self.rank != 0:
+            return
+        segment = self.session.loader.segment()
+        before = next((row for row in reversed(self.run.rows("mixing")) if not is_decision(row)), {})
+        if anyway or any(before.get(key) != value for key, value in segment.items()):
+            self.run.log("mixing", {"step": step, **segment})
+            if before:
+                self._event("mixture", step=step, policy=segment["mixing"]["policy"], domains=len(segment["domains"]))
 
     def _where_to_start(self) -> Path | None:
         checkpoint, refused = newest_whole(self.run.path)
@@ -135,14 +149,9 @@ class Trainer:
             self._event("precision", step=step, recipe=recipe.name)
             self.told_recipe = recipe.name
 
-        ids = session.loader.plan_step(step)
-        share = len(ids) // engine.data_ranks
         self.heart.beat(step, "data")
-        batch = session.loader.build(ids[engine.data_rank * share : (engine.data_rank + 1) * share])
-        size = config.parallel.micro_batch
-        micro_batches = [to_tensors(batch.slice(i, min(i + size, share)), self.device) for i in range(0, share, size)]
-
-        tokens, asked = self._exchange(float(batch.loss_weight.sum()))
+        ids, (weight, micro_batches) = session.feed.take(step)
+        tokens, asked = self._exchange(weight)
         self.heart.beat(step, "forward and backward")
         reports = engine.forward_backward(micro_batches, training_report, scale=1.0 / max(tokens, 1.0))
         growths = session.lineage.growth_steps
@@ -155,8 +164,9 @@ class Trainer:
         norm = engine.step(lr, config.optimizer.clip, limit)
         updated = norm < math.inf and norm <= limit
         routed = balance(engine.modules, session.model_config, self.mesh, move=updated)
-        decision = session.loader.mixer.observe(step, self._domain_losses(ids, sums))
-        self._account(ids, int(tokens))
+        decision = session.loader.observe(step, self._domain_losses(ids, sums))
+        self._account(ids, int(tokens), config.loader.length_at(step))
+        self._tell_of_the_data(step)
         self._guard(step, loss, norm, updated)
         if self.metrics:
             row = self._row(step, loss, lr, norm, int(tokens), decision, time.perf_counter() - began)
@@ -172,24 +182,33 @@ class Trainer:
 
     def _domain_losses(self, ids: list[int], sums: np.ndarray) -> dict[int, float]:
         """Mean loss of each domain of the step, summed in unit order in fp64, the same on every rank and for every number of ranks."""
-        domain = np.array([split_sample_id(s)[0] for s in ids])
+        domain = np.repeat([split_sample_id(s)[0] for s in ids], len(sums) // len(ids))  # a sequence may have been cut into several
         return {int(d): float(sums[domain == d, 0].sum() / max(sums[domain == d, 1].sum(), 1.0)) for d in np.unique(domain)}
 
-    def _account(self, ids: list[int], tokens: int) -> None:
+    def _tell_of_the_data(self, step: int) -> None:
+        """Damaged blocks that were skipped, on whichever rank; domains whose loss no longer falls."""
+        for damage in self.session.loader.damage():
+            row = {"step": step, "rank": self.rank, "shard": str(damage.shard), "block": damage.block, "tokens": damage.tokens}
+            self.run.log("damaged", {**row, "reason": damage.reason})
+            self._event("damaged block skipped", **row)
+        for domain, saturated in self.session.loader.mixer.verdicts():
+            self._event("saturated" if saturated else "learning again", step=step, domain=domain)
+
+    def _account(self, ids: list[int], tokens: int, length: int) -> None:
         """Write what the step consumed into the lineage."""
         lineage, model = self.session.lineage, self.session.model_config
         by_domain = dict(lineage.tokens_by_domain)
         for sample in ids:
             name = self.corpus.domains[split_sample_id(sample)[0]]
             by_domain[name] = by_domain.get(name, 0) + self.config.loader.sequence_length
-        flops = lineage.train_flops + float(tokens) * model.train_flops_per_token(self.config.loader.sequence_length)
+        flops = lineage.train_flops + float(tokens) * model.train_flops_per_token(length)
         changes = {"run": self.run.path.name, "step": lineage.step + 1, "tokens": lineage.tokens + tokens}
         self.session.lineage = lineage.model_copy(update={**changes, "train_flops": flops, "tokens_by_domain": by_domain})
 
     def _row(self, step: int, loss: float, lr: float, norm: float, tokens: int, decision: dict[str, Any], seconds: float) -> dict[str, Any]:
         domains = self.corpus.domains
         rate = tokens / seconds
-        flops = self.session.model_config.train_flops_per_token(self.config.loader.sequence_length)
+        flops = self.session.model_config.train_flops_per_token(self.config.loader.length_at(step))
         return {
             "step": step,
             "loss": loss,
@@ -197,6 +216,7 @@ class Trainer:
             "grad_norm": norm,
             "tokens": tokens,
             "seconds": seconds,
+            "data_wait": self.session.feed.waited,
             "tokens_per_second": rate,
             "mfu": model_flops_utilization(rate * flops, self.config, self.device),
             "domain_loss": {domains[int(d)]: x for d, x in decision["losses"].items()},
@@ -255,7 +275,8 @@ class Trainer:
             self.guard.rewinds = self.config.safety.rewind_limit
             self._event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
             return step
-        rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors
+        rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors_before(step)
+        self.session.close()
         del self.session
         self.session = Session(self.config, self.corpus, self.mesh, checkpoint)
         self.session.loader.cursors = cursors
@@ -263,6 +284,7 @@ class Trainer:
         self.rewound_to = back = self.session.step
         if self.rank == 0:
             self.run.rewind(back)
+        self._begin_decisions(back, anyway=True)  # the cursors jump
         self._event(
             "rewound",
             step=step,
@@ -286,6 +308,7 @@ class Trainer:
         operator = build_operator(event.op, factor=event.factor)
         with patience(self.config.run.timeout_seconds):
             on_first_rank(lambda: _grow_again(source, target, operator))
+        self.session.close()
         del self.session  # free the small model before the large one is built
         self.session = Session(self.config, self.corpus, self.mesh, target)
         self.guard.forget()

@@ -51,6 +51,7 @@ _EXTRAS = {
     "triton": "gpu",
     "torchao": "gpu",
     "tensorboard": "tensorboard",
+    "scipy": "mixing",
     "torch": None,
     "datasets": None,
     "pyarrow": None,

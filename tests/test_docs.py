@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.helpers import only_run, regrowth, write_config
+from tests.launch.helpers import call, only_run, regrowth, write_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,17 +32,20 @@ def small_run(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "regrowth" in str(commands(p))], ids=lambda p: p.name)
-def test_the_commands_of_a_page_run(page: Path, small_run: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_commands_of_a_page_run(
+    page: Path, small_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, run = small_run
     shutil.copy(config, tmp_path / "my_text.toml")
+    monkeypatch.chdir(tmp_path)
     ran = 0
     for words in commands(page):
         if words[0] != "regrowth":
             assert words[0] == "make", words
             continue
         arguments = [str(run) if w.startswith("runs/") else str(config) if w == "quickstart" else w for w in words[1:]]
-        done = regrowth(*arguments, cwd=tmp_path)
-        assert done.returncode == 0, f"{page.name}: {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        code, output = call(capsys, monkeypatch, *arguments)
+        assert code == 0, f"{page.name}: {shlex.join(words)}\n{output}"
         ran += 1
     assert ran
 

@@ -16,7 +16,7 @@ from regrowth.data_pipeline.phases.curate import Parts
 from regrowth.data_pipeline.shards import ShardWriter, shard_metadata, shard_schema, shard_summary
 from regrowth.data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from regrowth.data_pipeline.transforms.hashing import heldout_mask
-from regrowth.errors import UserError
+from regrowth.errors import UserError, nearest
 from regrowth.files import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ class ShardPhase(Phase):
         super().__init__(pipeline, number)
         self.parts = parts
         self.groups: list[list[int]] = []
+        weight, names = pipeline.config.shards.weight, pipeline.score_names
+        if weight is not None and weight not in names:
+            raise UserError(f"data.shards.weight = {weight}: no transform of the recipe gives this score; {nearest(weight, names)}")
 
     def sizes(self) -> list[int]:
         """Bytes of text in each group of parts."""
@@ -130,7 +133,7 @@ class ShardPhase(Phase):
         domain_of, domains = codes.indices.to_numpy(), codes.dictionary.to_pylist()
         lengths, text_bytes = np.diff(offsets), pc.binary_length(batch.column("text")).to_numpy(zero_copy_only=False)
         lineage = _with_source(batch)
-        scores = _score_struct(batch, score_names)
+        scores, weights = _score_struct(batch, score_names), _weights(batch, config.shards.weight)
         for split, in_split in zip(SPLITS, (~held, held), strict=True):
             for code, domain in enumerate(domains):
                 rows = np.flatnonzero(in_split & (domain_of == code))
@@ -154,7 +157,7 @@ class ShardPhase(Phase):
                     batch.column("level").take(take),
                     lineage.take(take),
                     scores.take(take),
-                    pa.array(np.ones(len(rows), dtype=np.float32)),
+                    pa.array(weights[rows] if split == "train" else np.ones(len(rows), dtype=np.float32)),
                 ]
                 writer.add(pa.RecordBatch.from_arrays(columns, schema=writer.schema), text_bytes[rows])
 
@@ -239,6 +242,15 @@ def _with_source(batch: pa.RecordBatch) -> pa.ListArray:
     order = np.insert(np.arange(documents, documents + stop - begin), offsets[:-1] - begin, np.arange(documents))
     new = offsets - begin + np.arange(documents + 1)
     return pa.ListArray.from_arrays(pa.array(new, pa.int32()), links.take(pa.array(order)))
+
+
+def _weights(batch: pa.RecordBatch, name: str | None) -> np.ndarray:
+    """float32 [documents]: the score that documents weigh by, at least 0."""
+    from regrowth.data_pipeline.transforms.base import score_of
+
+    if name is None:
+        return np.ones(len(batch), dtype=np.float32)
+    return np.maximum(np.nan_to_num(score_of(batch.column("scores"), name, 1.0), nan=1.0), 0.0)
 
 
 def _score_struct(batch: pa.RecordBatch, names: list[str]) -> pa.StructArray:

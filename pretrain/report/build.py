@@ -25,8 +25,6 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
     Raises:
         UserError: the run has no step yet.
     """
-    import jinja2
-
     metrics, evaluations, events = run.rows("metrics"), run.rows("evaluations"), run.rows("events")
     if not metrics:
         raise UserError(f"{run.path}: nothing to report yet, no step is done. Its logs are in {run.path}/logs.")
@@ -34,9 +32,7 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
     checkpoints = list_checkpoints(run.path)
     lineage = read_lineage(checkpoints[-1]) if checkpoints else None
     baseline = read_json(run.path / "baseline.json") if (run.path / "baseline.json").exists() else {}
-    folder = Path(__file__).parent
-    template = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True).get_template("template.html.jinja")
-    html = template.render(
+    html = template("template.html.jinja").render(
         name=run.path.name,
         subtitle=_subtitle(config, metrics, run),
         cards=_cards(metrics, evaluations, baseline, lineage),
@@ -53,6 +49,13 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
     )
     write_text(run.path / "report.html", html)
     return run.path / "report.html"
+
+
+def template(name: str) -> Any:
+    """One of the pages of this folder."""
+    import jinja2
+
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(name)
 
 
 def _subtitle(config: RunConfig, metrics: Rows, run: RunFolder) -> str:
@@ -84,7 +87,7 @@ def _charts(metrics: Rows, evaluations: Rows, events: Rows) -> list[Chart]:
     ]
     seen: set[tuple[float, str]] = set()
     marks = [m for m in marks if not (m in seen or seen.add(m))][:12]
-    domains = list(metrics[0]["mixture"])
+    domains = list(dict.fromkeys(domain for row in metrics for domain in row["mixture"]))  # some may have joined on the way
     window = max(1, len(metrics) // 40)
     by_domain = {d: [(r["step"], r["domain_loss"][d]) for r in metrics if r["domain_loss"].get(d) is not None] for d in domains}
     losses: dict[str, Points] = {"all": thin(smooth([(r["step"], r["loss"]) for r in metrics if r["loss"] is not None], window))}
@@ -100,7 +103,7 @@ def _charts(metrics: Rows, evaluations: Rows, events: Rows) -> list[Chart]:
         Chart(
             "Mixture: what the policy draws from",
             "share",
-            {d: thin([(r["step"], r["mixture"][d]) for r in metrics]) for d in domains},
+            {d: thin([(r["step"], r["mixture"].get(d, 0.0)) for r in metrics]) for d in domains},
             marks,
             stacked=True,
         ),

@@ -39,7 +39,7 @@ def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(
     rank: int, undisturbed: list[float], documents: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_model_smaller_than_its_tokenizer_is_refused_and_a_larger_one_is_noted
     assert done.returncode == 0 and "model.vocabulary = 512, the tokenizer has 300 ids" in done.stdout
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_under_torchrun_the_command_is_one_of_the_ranks(ranks: int, documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 3}, **TWO)
     command = [

@@ -129,7 +129,12 @@ def test_a_spike_skips_steps_then_returns_to_a_checkpoint_and_reads_other_data(
     plan: dict, corpus: Corpus, tmp_path: Path, ranks: Ranks
 ) -> None:
     run = new_run(
-        corpus, tmp_path, run={"steps": 40}, parallel=plan, checkpoint={"every": 5, "keep": 8}, safety={"window": 8, "rewind_after": 3}
+        corpus,
+        tmp_path,
+        run={"steps": 40},
+        parallel=plan,
+        checkpoint={"every": 5, "keep": 8},
+        safety={"window": 8, "rewind_after": 3, "skip_sigma": 20},
     )
     ranks(2).run(spoil, run.path, corpus.folder, 23, 1)
     events = run.rows("events")
@@ -148,7 +153,7 @@ def test_a_spike_skips_steps_then_returns_to_a_checkpoint_and_reads_other_data(
 
 
 def test_without_a_way_back_ten_bad_steps_end_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    run = new_run(corpus, tmp_path, run={"steps": 40}, checkpoint={"every": 100}, safety={"window": 8, "rewind_after": 3})
+    run = new_run(corpus, tmp_path, run={"steps": 40}, checkpoint={"every": 100}, safety={"window": 8, "rewind_after": 3, "skip_sigma": 20})
     with pytest.raises(Exception, match="an outlier for 10 steps in a row"):
         spoil(run.path, corpus.folder, 15, 1)
     assert any(e["event"] == "not rewound" for e in run.rows("events"))

@@ -1,4 +1,4 @@
-"""The command line in a process of its own, as users run it."""
+"""The command line: in a process of its own, as users run it, or in this one."""
 
 import subprocess
 import sys
@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from regrowth.launch.main import main
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.settings import to_toml
@@ -23,6 +26,19 @@ def write_config(path: Path, documents: Path, folder: Path, **sections: Any) -> 
 def regrowth(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command and wait."""
     return subprocess.run([sys.executable, "-m", "regrowth", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options)
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int, str]:
+    """(exit code, output) of the command in this process, which spares the imports."""
+    monkeypatch.setattr(sys, "argv", ["regrowth", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

@@ -7,22 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from regrowth.launch.main import main
 from regrowth.pretrain.run_folder import RunFolder
-from tests.launch.helpers import one_letter, only_run, regrowth, write_config
-
-
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int, str]:
-    """(exit code, output) of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["regrowth", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    try:
-        main()
-        code = 0
-    except SystemExit as error:
-        code = int(error.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
+from tests.launch.helpers import call, one_letter, only_run, regrowth, write_config
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -142,8 +128,8 @@ def test_the_whole_way_on_the_command_line(
     assert "http://" not in html and "https://" not in html, "self-contained"
     code, output = call(capsys, monkeypatch, "train", "--resume", run.path)
     assert code == 0 and "finished already" in output
-    code, output = call(capsys, monkeypatch, "train", "--resume", run.path, "model.layers=3", "mixing.alpha=0.5")
-    assert code == 2 and "model and mixing cannot change once a run has begun" in one_letter(output)
+    code, output = call(capsys, monkeypatch, "train", "--resume", run.path, "model.layers=3", "loader.seed=5")
+    assert code == 2 and "model and loader.seed cannot change once a run has begun" in one_letter(output)
     code, output = call(capsys, monkeypatch, "train", "--resume", run.path, "run.steps=10")
     assert code == 0 and len(run.rows("metrics")) == 10 and run.finished, output
 

@@ -94,7 +94,7 @@ def test_resuming_on_the_same_plan_is_bit_exact(run: RunFolder, finished: RunFol
     cut_back(run, 8)
     go(run, corpus, ranks)
     assert losses(run) == losses(finished)
-    assert run.rows("mixing") == finished.rows("mixing")
+    assert run.decisions() == finished.decisions()
     for (_, mine, m1), (_, theirs, m2) in [(load_plain(list_checkpoints(run.path)[-1]), load_plain(list_checkpoints(finished.path)[-1]))]:
         assert all(torch.equal(mine[n], theirs[n]) for n in theirs) and all(torch.equal(m1[n], m2[n]) for n in m2)
     assert verify(list_checkpoints(run.path)[-1])["id"] == verify(list_checkpoints(finished.path)[-1])["id"]
@@ -116,7 +116,7 @@ def test_resuming_on_another_plan_reads_the_same_sequences(
     go(run, corpus, ranks)
     assert losses(run) == pytest.approx(losses(finished), rel=1e-5)
     assert losses(run)[:4] == losses(finished)[:4]
-    assert [row["draws"] for row in run.rows("mixing")] == [row["draws"] for row in finished.rows("mixing")]
+    assert [row["draws"] for row in run.decisions()] == [row["draws"] for row in finished.decisions()]
     theirs, ours = (load_plain(list_checkpoints(r.path)[-1])[0].loader for r in (finished, run))
     assert ours["cursors"] == theirs["cursors"]
 

@@ -1,0 +1,159 @@
+"""Policies on real text: runs of about 1M parameters and 2M tokens on the twelve domains of the shared data, with paired seeds.
+
+A seed fixes the initial weights and the order of every domain's sequences; policies differ in nothing but the draws. Every run is a run of the
+trainer, in its own folder below `--out`: stop the program whenever you like, it goes on with what is not done. `--table` prints what there is.
+
+    python experiments/mixing/runs.py --out mixing_runs --seeds 5
+    python experiments/mixing/runs.py --out mixing_runs --table
+"""
+
+import argparse
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from regrowth.launch.training import run_training
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.run_folder import RunFolder
+
+DATA = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+STEPS, EVERY = 250, 25
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "natural": {"policy": "static", "weights": "natural"},
+    "uniform": {"policy": "static", "weights": "uniform"},
+    "unimax": {"policy": "unimax", "epochs": 4.0},
+    "odm": {"policy": "odm", "initial": "natural", "warmup_steps": 25},
+    "ado": {"policy": "ado", "initial": "natural", "warmup_steps": 50, "refit_every": 25, "ignore_steps": 10},
+}
+
+
+def config(out: Path, policy: str, seed: int, megabytes: float) -> RunConfig:
+    """The run of a policy and a seed: 0.9M parameters besides the embedding's, 250 steps of 8,192 tokens."""
+    values = {
+        "run": {"name": f"{policy}-{seed}", "folder": str(out / "runs"), "steps": STEPS, "seed": seed},
+        "data": {
+            "out": str(out / "prepared"),
+            "name": "twelve",
+            "sources": [{"kind": "jsonl", "path": str(DATA / "corpora"), "max_megabytes": megabytes}],
+            "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
+            "shards": {"block_tokens": 1 << 15},
+            "heldout_fraction": 0.05,
+        },
+        "loader": {"sequence_length": 256, "global_batch": 32, "unit_sequences": 2, "seed": seed},
+        "mixing": POLICIES[policy],
+        "model": {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 32, "ffn_width": 384},
+        "optimizer": {"lr": 4e-3},
+        "parallel": {"micro_batch": 32},
+        "checkpoint": {"every": STEPS, "keep": 1},
+        "evaluation": {"every": EVERY, "sequences_per_domain": 24, "final_sequences_per_domain": 24},
+    }
+    return RunConfig.model_validate(values)
+
+
+def runs(out: Path, policy: str, seed: int) -> list[RunFolder]:
+    """The folders of a policy's run with a seed."""
+    found = [RunFolder(path) for path in sorted((out / "runs").glob(f"*_{policy}-{seed}*")) if (path / "config.toml").exists()]
+    return [run for run in found if run.path.name.split("_", 1)[1].split("_")[0] == f"{policy}-{seed}"]
+
+
+def train_all(out: Path, seeds: int, megabytes: float) -> None:
+    """What is not finished, seed by seed, so that every policy has as many."""
+    console = Console()
+    for seed in range(seeds):
+        for policy in POLICIES:
+            there = runs(out, policy, seed)
+            if not any(run.finished for run in there):
+                run_training(config(out, policy, seed, megabytes), console, there[-1] if there else None)
+
+
+def scores(out: Path, policy: str, seed: int) -> dict[int, dict[str, float]] | None:
+    """Nats per token by domain at each evaluation of a finished run."""
+    run = next((run for run in runs(out, policy, seed) if run.finished), None)
+    if run is None:
+        return None
+    return {row["step"]: {domain: s["loss"] for domain, s in row["domains"].items()} for row in run.rows("evaluations")}
+
+
+def macro(losses: dict[str, float]) -> float:
+    """Mean over domains of nats per token; its exponential is the macro perplexity."""
+    return float(np.mean(list(losses.values())))
+
+
+def confidence(differences: list[float]) -> str:
+    """Mean and 95% interval (Student's t) of paired differences."""
+    n = len(differences)
+    if n < 2:
+        return f"{np.mean(differences):+.4f}"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(n, 2.0)
+    return f"{np.mean(differences):+.4f} ± {t * np.std(differences, ddof=1) / math.sqrt(n):.4f}"
+
+
+def steps_to(curve: dict[int, dict[str, float]], loss: float) -> float:
+    """The step at which a curve of macro losses first comes to a loss, between evaluations in a straight line; infinite if it never does."""
+    points = [(step, macro(losses)) for step, losses in sorted(curve.items())]
+    for (a, high), (b, low) in itertools.pairwise(points):
+        if low <= loss:
+            return b if high <= loss else a + (b - a) * (high - loss) / (high - low)
+    return math.inf
+
+
+def show(out: Path, seeds: int) -> None:
+    """The table: macro loss, paired differences to natural, steps to the best static mix's final loss, perplexity by domain."""
+    console = Console(width=150)
+    found = {policy: [scores(out, policy, seed) for seed in range(seeds)] for policy in POLICIES}
+    paired = [seed for seed in range(seeds) if all(found[policy][seed] for policy in POLICIES)]
+    if not paired:
+        console.print("no seed is finished for all policies yet.")
+        return
+    curves = {policy: [curve for seed in paired if (curve := found[policy][seed])] for policy in POLICIES}
+    final = {policy: [max(curve.items())[1] for curve in curves[policy]] for policy in POLICIES}
+    best = min(("natural", "uniform", "unimax"), key=lambda policy: float(np.mean([macro(losses) for losses in final[policy]])))
+    table = Table(
+        "policy",
+        "macro loss",
+        "macro perplexity",
+        "to natural, paired",
+        "to uniform, paired",
+        f"steps to {best}'s end",
+        title=f"{len(paired)} seeds",
+    )
+    for policy in POLICIES:
+        macros = [macro(losses) for losses in final[policy]]
+        against = {o: confidence([a - macro(b) for a, b in zip(macros, final[o], strict=True)]) for o in ("natural", "uniform")}
+        steps = [steps_to(curve, macro(end)) for curve, end in zip(curves[policy], final[best], strict=True)]
+        came = [s for s in steps if math.isfinite(s)]
+        told = f"{np.mean(came):.0f} ({len(came)} of {len(steps)})" if came else "never"
+        table.add_row(policy, f"{np.mean(macros):.4f}", f"{math.exp(np.mean(macros)):.1f}", against["natural"], against["uniform"], told)
+    console.print(table)
+    domains = sorted(final["natural"][0])
+    each = Table("domain", *POLICIES, title="perplexity per token, geometric mean over seeds")
+    for domain in domains:
+        each.add_row(domain, *(f"{math.exp(np.mean([losses[domain] for losses in final[policy]])):.1f}" for policy in POLICIES))
+    console.print(each)
+
+
+def main() -> None:
+    """Train what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("mixing_runs"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--megabytes", type=float, default=3.0, help="of text of each domain at most")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    if not DATA.exists():
+        print(f"skipped: needs the shared data in {DATA}")
+        return
+    if not arguments.table:
+        train_all(arguments.out, arguments.seeds, arguments.megabytes)
+    show(arguments.out, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
