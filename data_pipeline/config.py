@@ -96,7 +96,9 @@ class LengthStage(Settings):
 class LoaderConfig(Settings):
     """Which sequences make a step, independent of the number of ranks. Length, unit, packing and seed are constants of a run."""
 
-    corpora: list[Path] = []  # finished corpora besides the run's own, of the same tokenizer; their domains join
+    corpora: list[str] = []  # finished corpora besides the run's own, folders or addresses, of the same tokenizer; their domains join
+    cache: Path | None = None  # where blocks of corpora at addresses are kept; None: in the user's cache folder
+    cache_gigabytes: Annotated[float, Field(gt=0)] = 100.0
 
     sequence_length: Annotated[int, Field(ge=8)] = 256
     global_batch: Annotated[int, Field(ge=1)] = 32  # sequences per step

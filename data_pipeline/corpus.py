@@ -71,13 +71,20 @@ class Corpus:
 
     def shard(self, row: dict[str, Any]) -> Shard:
         """The shard of a line of the manifest, opened and checked for size."""
-        shard = Shard(self.folder / row["path"])
+        shard = self._open(row)
         if shard.index.sha256 != row["sha256"]:
             raise UserError(f"{shard.path}: not the shard that {self.folder}/corpus.json lists (another sha256). {REMEDY}")
         counts = {"documents": shard.index.documents, "tokens": shard.index.tokens}
         if listed := [f"{what} = {row[what]}" for what, count in counts.items() if row[what] != count]:
             raise UserError(f"{self.folder}/corpus.json: {', '.join(listed)} for {row['path']}, whose index says {counts}. {REMEDY}")
         return shard
+
+    def _open(self, row: dict[str, Any]) -> Shard:
+        if "cache" not in row:
+            return Shard(self.folder / row["path"])
+        from regrowth.data_pipeline.remote import RemoteShard
+
+        return RemoteShard(row["cache"], row)
 
     def shards(self, split: str, domain: str) -> list[Shard]:
         """The shards of a domain, opened and checked for size."""

@@ -4,7 +4,6 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +34,7 @@ class Cursor:
 class Piece(NamedTuple):
     """A part of a sequence: a document's row in a block of a shard, and which of its tokens. Row -1: where documents are not told apart."""
 
-    shard: Path
+    shard: Shard
     block: int
     row: int
     begin: int
@@ -45,7 +44,7 @@ class Piece(NamedTuple):
 class Damage(NamedTuple):
     """A block that could not be read."""
 
-    shard: Path
+    shard: str
     block: int
     tokens: int
     reason: str
@@ -68,6 +67,7 @@ class DomainReader:
         blocks = [row["blocks"] if "blocks" in row else len(self.shard(i).index.blocks) for i, row in enumerate(self.rows)]
         self.first_block = [0, *accumulate(blocks)]
         self.damaged: list[Damage] = []
+        self._after: dict[tuple[int, int], int] = {}  # the block that follows each of the last ones
         self.opened = lru_cache(maxsize=_LAID_OUT)(self._open_block)
         self.count = lru_cache(maxsize=1 << 12)(self._count)
         self.order_in = lru_cache(maxsize=_LAID_OUT)(self._order_in)
@@ -88,6 +88,10 @@ class DomainReader:
         while len(taken) < count:
             block = self.block_at(cursor.epoch, cursor.position)
             in_block = self.count(block)
+            if cursor.offset == 0 and cursor.position + 1 < self.blocks:
+                self._after[cursor.epoch, block] = self.block_at(cursor.epoch, cursor.position + 1)
+                if len(self._after) > 2 * _LAID_OUT:
+                    self._after.pop(next(iter(self._after)), None)
             # Neighbours in a block are often cut from one long document: the sequences of a block are permuted too.
             stop = min(cursor.offset + count - len(taken), in_block)
             chosen = self.order_in(cursor.epoch, block)[cursor.offset : stop].tolist()
@@ -134,7 +138,7 @@ class DomainReader:
         for i in layout.pieces(sequence):
             source, size, row = int(layout.sources[i]), int(layout.lengths[i]), int(layout.rows[i])
             begin = source if row < 0 else source - int(offsets[row] - offsets[0])
-            found.append(Piece(shard.path, number, row, begin, begin + size))
+            found.append(Piece(shard, number, row, begin, begin + size))
         return found
 
     def place(self, block: int) -> tuple[Shard, int]:
@@ -151,6 +155,12 @@ class DomainReader:
             return sequences_in(shard.index.blocks[number].tokens, self.length)
         return count_sequences(self.packing, shard.block(number)[1], self.length)
 
+    def _look_ahead(self, epoch: int, block: int) -> None:
+        """A block is being opened: the one behind it will be wanted next."""
+        if (after := self._after.get((epoch, block))) is not None:
+            shard, number = self.place(after)
+            shard.ahead(number)
+
     def _order_in(self, epoch: int, block: int) -> np.ndarray:
         return permutation(self.count(block), key64(self.seed, "sequences", self.domain, epoch, block))
 
@@ -162,7 +172,8 @@ class DomainReader:
         except DamagedShard as error:
             if not self.skip_damaged:
                 raise
-            self.damaged.append(Damage(shard.path, number, shard.index.blocks[number].tokens, str(error)))
+            self.damaged.append(Damage(shard.shown, number, shard.index.blocks[number].tokens, str(error)))
             return None
+        self._look_ahead(epoch, block)
         key = key64(self.seed, "pack", self.domain, epoch, block)
         return lay_out(self.packing, whole.row_offsets, self.length, key), whole

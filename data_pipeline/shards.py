@@ -199,6 +199,24 @@ class Block:
     weights: np.ndarray | None  # float32 [documents]; None: all 1
 
 
+def read_index(path: Path) -> ShardIndex:
+    """The index beside a shard.
+
+    Raises:
+        UserError: it is missing, not an index, or of another format.
+    """
+    stored = read_json(path)
+    try:
+        index = ShardIndex(**{**stored, "blocks": [BlockIndex(**block) for block in stored["blocks"]]})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: not an index of this format ({error}). Rebuild the corpus.") from error
+    if index.format != FORMAT:
+        raise UserError(
+            f"{path.with_suffix('.arrow')}: shard format {index.format}, this version reads format {FORMAT}. Rebuild the corpus."
+        )
+    return index
+
+
 class Shard:
     """A shard on disk, memory-mapped; blocks come as flat views of the file.
 
@@ -207,14 +225,8 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        stored = read_json(path.with_suffix(".json"))
-        try:
-            self.index = ShardIndex(**{**stored, "blocks": [BlockIndex(**block) for block in stored["blocks"]]})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{path.with_suffix('.json')}: not an index of this format ({error}). Rebuild the corpus.") from error
-        if self.index.format != FORMAT:
-            raise UserError(f"{path}: shard format {self.index.format}, this version reads format {FORMAT}. Rebuild the corpus.")
+        self.path, self.shown = path, str(path)
+        self.index = read_index(path.with_suffix(".json"))
         if not path.exists():
             raise UserError(f"{path}: the shard is missing, its index is there. {REMEDY}")
         if (size := path.stat().st_size) != self.index.size:
@@ -239,10 +251,13 @@ class Shard:
         weights = raw[index.weights_offset - begin :][: 4 * index.rows] if index.weights_offset >= 0 else raw[:0]
         if number not in self._checked:
             if _block_hash(values.data, rows.data, weights.data) != index.xxh3:
-                raise DamagedShard(f"{self.path}: damaged, the tokens of block {number} do not match their hash. {REMEDY}")
+                raise DamagedShard(f"{self.shown}: damaged, the tokens of block {number} do not match their hash. {REMEDY}")
             self._checked.add(number)
         dtype = np.uint16 if self.index.token_bytes == 2 else np.int32
         return Block(values.view(dtype), rows.view(np.int64), weights.view(np.float32) if index.weights_offset >= 0 else None)
+
+    def ahead(self, number: int) -> None:
+        """Block `number` will be read soon: nothing to do where the disk is near."""
 
     def table(self, number: int) -> pa.RecordBatch:
         """Block `number` with all its columns, for looking up ids and lineage; slower than `block`."""

@@ -132,7 +132,7 @@ def corpora_of(run: "RunFolder") -> "Corpus":
     """All that a run reads, as one corpus."""
     from regrowth.data_pipeline.corpora import open_corpora
 
-    return open_corpora(corpus_of(run), run.config().loader.corpora)
+    return open_corpora(corpus_of(run), run.config().loader)
 
 
 def _change_config(run: "RunFolder", config: "RunConfig") -> None:
@@ -163,7 +163,7 @@ def _check_mixture(run: "RunFolder", config: "RunConfig") -> None:
     from regrowth.data_pipeline.corpora import open_corpora
     from regrowth.data_pipeline.loader import Loader
 
-    Loader(open_corpora(corpus_of(run), config.loader.corpora), config.loader, config.mixing, config.run.steps)
+    Loader(open_corpora(corpus_of(run), config.loader), config.loader, config.mixing, config.run.steps)
 
 
 def report(folder: Path) -> None:

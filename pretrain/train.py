@@ -63,7 +63,7 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
         with ExitStack() as held:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
-            corpus = open_corpora(corpus_folder, config.loader.corpora)
+            corpus = open_corpora(corpus_folder, config.loader)
             mesh = Mesh(config.parallel, device, config.run.timeout_seconds)
             try:
                 Trainer(run, config, corpus, mesh, rank, lambda: stop.asked).run_to_the_end()
@@ -83,6 +83,8 @@ def identity(config: RunConfig, corpus: Path) -> dict[str, str]:
         "the hash of the config": hashlib.sha256(told.encode()).hexdigest()[:16],
         **{
             f"the hash of the corpus{f' {path.name}' if number else ''}": sha256_of(path / "corpus.json")[:16]
-            for number, path in enumerate([corpus, *(path for path in config.loader.corpora if (path / "corpus.json").exists())])
+            for number, path in enumerate(
+                [corpus, *(Path(path) for path in config.loader.corpora if (Path(path) / "corpus.json").exists())]
+            )
         },
     }

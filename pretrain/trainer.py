@@ -188,7 +188,7 @@ class Trainer:
     def _tell_of_the_data(self, step: int) -> None:
         """Damaged blocks that were skipped, on whichever rank; domains whose loss no longer falls."""
         for damage in self.session.loader.damage():
-            row = {"step": step, "rank": self.rank, "shard": str(damage.shard), "block": damage.block, "tokens": damage.tokens}
+            row = {"step": step, "rank": self.rank, "shard": damage.shard, "block": damage.block, "tokens": damage.tokens}
             self.run.log("damaged", {**row, "reason": damage.reason})
             self._event("damaged block skipped", **row)
         for domain, saturated in self.session.loader.mixer.verdicts():

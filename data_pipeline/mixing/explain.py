@@ -85,7 +85,7 @@ def _documents(reader: DomainReader, sample: int, place: int) -> list[DocumentRe
     found = []
     tokenizer = reader.corpus.tokenizer
     for piece in reader.pieces(sample):
-        shard = next(s for s in (reader.shard(i) for i in range(len(reader.rows))) if s.path == piece.shard)
+        shard = piece.shard
         tokens, offsets = shard.block(piece.block)
         table = shard.table(piece.block)
         spans = [(piece.row, piece.begin, piece.end)] if piece.row >= 0 else _spans(offsets, piece.begin, piece.end)
@@ -93,9 +93,7 @@ def _documents(reader: DomainReader, sample: int, place: int) -> list[DocumentRe
             first = int(offsets[row] - offsets[0])
             text = tokenizer.decode([int(t) for t in tokens[first + begin : first + end]])
             source = table.column("lineage")[row].as_py()[0]
-            shown = (
-                str(piece.shard.relative_to(reader.corpus.folder)) if piece.shard.is_relative_to(reader.corpus.folder) else piece.shard.name
-            )
+            shown = shard.shown.removeprefix(f"{reader.corpus.folder}/")
             found.append(DocumentRead(place, reader.domain, table.column("id")[row].as_py(), source, shown, begin, end, text))
     return found
 

@@ -217,7 +217,7 @@ def test_a_damaged_block_stops_the_run_by_name_or_is_skipped_and_counted(documen
     skipping = Loader(corpus, CONFIG.model_copy(update={"damaged": "skip", "unit_sequences": 1, "global_batch": 1}), mixing)
     weight = sum(float(skipping.build(ids).loss_weight.sum()) for ids in advance(skipping, range(total)))
     (damage,) = skipping.damage()
-    assert (damage.shard, damage.block, damage.tokens) == (shard.path, 1, index.tokens) and skipping.damage() == []
+    assert (damage.shard, damage.block, damage.tokens) == (str(shard.path), 1, index.tokens) and skipping.damage() == []
     assert weight == corpus.tokens("train", "prose") - index.tokens
     with pytest.raises(ValueError, match='damaged = "skip" needs packing'):
         LoaderConfig(damaged="skip", packing="best_fit")
@@ -229,7 +229,7 @@ def test_a_corpus_that_joins_is_read_from_its_beginning_and_the_others_go_on(doc
     other = prepare(DataConfig.model_validate(values))
     loader = Loader(corpus, CONFIG, ODM)
     before = [s for ids in advance(loader, range(10)) for s in ids]
-    both = open_corpora(corpus.folder, [other.folder])
+    both = open_corpora(corpus.folder, LoaderConfig(corpora=[str(other.folder)]))
     assert both.domains == sorted([*corpus.domains, "more"])
     joined = Loader(both, CONFIG, ODM)
     joined.load_state_dict(json.loads(json.dumps(loader.state_dict())))
@@ -244,11 +244,11 @@ def test_a_corpus_that_joins_is_read_from_its_beginning_and_the_others_go_on(doc
     alone.load_state_dict(json.loads(json.dumps(joined.state_dict())))  # and it leaves again
     advance(alone, range(40, 50))
     with pytest.raises(UserError, match=r"both .* have a domain 'programs'"):
-        open_corpora(corpus.folder, [corpus.folder])
+        open_corpora(corpus.folder, LoaderConfig(corpora=[str(corpus.folder)]))
     values = small_data_values(documents, tmp_path / "x") | {"tokenizer": {"vocabulary": 300}}
     foreign = prepare(DataConfig.model_validate(values))
     with pytest.raises(UserError, match="another tokenizer"):
-        open_corpora(corpus.folder, [foreign.folder])
+        open_corpora(corpus.folder, LoaderConfig(corpora=[str(foreign.folder)]))
 
 
 def test_a_domain_of_fewer_tokens_than_a_sequence_is_read_as_one_padded_sequence(corpus: Corpus) -> None:

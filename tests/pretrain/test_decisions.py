@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.mixing.explain import explain
@@ -130,7 +130,7 @@ def test_weights_and_domains_change_on_the_way(documents: Path, corpus: Corpus, 
     for mine, theirs in ((0, 1), (1, 2)):  # programs and prose, whose numbers moved
         before, after = rows[9], rows[10]
         assert after["cursors"][theirs][3] == before["cursors"][mine][3] + 2 * before["draws"].count(mine)
-    both = open_corpora(corpus.folder, [other.folder])
+    both = open_corpora(corpus.folder, LoaderConfig(corpora=[str(other.folder)]))
     assert {d.domain for step in range(10, 16) for d in explain(run.path, both, step).documents} <= set(both.domains)
     with pytest.raises(UserError, match="not the corpus that step 12"):
         explain(run.path, corpus, 12)
