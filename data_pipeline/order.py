@@ -14,12 +14,13 @@ def key64(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+_GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_11, _27, _30, _31 = (np.uint64(bits) for bits in (11, 27, 30, 31))
+
+
 def uniforms(count: int, *parts: object) -> np.ndarray:
     """float64 [count] in [0, 1): number i depends on the parts and on i alone (splitmix64 counted up from their key)."""
-    value = np.uint64(key64(*parts)) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return ((value ^ value >> np.uint64(31)) >> np.uint64(11)) * 2.0**-53
+    return (_mixed(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN + np.uint64(key64(*parts))) >> _11) * 2.0**-53
 
 
 def permuted(position: int, count: int, key: int, rounds: int = 6) -> int:
@@ -51,13 +52,17 @@ def permutation(count: int, key: int, rounds: int = 6) -> np.ndarray:
     while len(outside):
         left, right = value[outside] >> half, value[outside] & mask
         for round_key in keys:
-            mixed = right ^ round_key
-            mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & mask)
+            left, right = right, left ^ (_mixed(right ^ round_key) & mask)
         value[outside] = left << half | right
         outside = outside[value[outside] >= count]
     return value.astype(np.int64)
+
+
+def _mixed(value: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64 [n]."""
+    value = (value ^ value >> _30) * _FIRST
+    value = (value ^ value >> _27) * _SECOND
+    return value ^ value >> _31
 
 
 def _mix(value: int) -> int:

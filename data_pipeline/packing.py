@@ -126,6 +126,9 @@ def _best_fit_bins(sizes: list[int], length: int) -> list[int]:
     return bins
 
 
+_PLACES = np.arange(1 << 16, dtype=np.int32)
+
+
 def fill(
     layout: Layout, sequence: int, tokens: np.ndarray, weights: np.ndarray | None, end_of_text: int, out: tuple[np.ndarray, ...]
 ) -> None:
@@ -139,24 +142,24 @@ def fill(
     A document that is cut goes on in another sequence, without the context before the cut; the label of its last token here is the true one.
     """
     to_tokens, to_labels, to_positions, to_documents, to_weight = out
-    pieces = layout.pieces(sequence)
-    sources, goes_on = layout.sources[pieces.start : pieces.stop].tolist(), layout.goes_on[pieces.start : pieces.stop].tolist()
-    lengths = layout.lengths[pieces.start : pieces.stop]
-    begin, starts, last = 0, [], []
-    for source, size, more in zip(sources, lengths.tolist(), goes_on, strict=True):
-        starts.append(begin)
-        to_tokens[begin : begin + size] = tokens[source : source + size]
-        begin += size
-        last.append((begin - 1, tokens[source + size] if more else end_of_text))
+    first, last = layout.first[sequence : sequence + 2].tolist()
+    rows = layout.rows[first:last].tolist()
+    pieces = zip(layout.sources[first:last].tolist(), layout.lengths[first:last].tolist(), layout.goes_on[first:last].tolist(), strict=True)
+    begin, ends = 0, []
+    for number, (source, size, more) in enumerate(pieces):
+        end = begin + size
+        to_tokens[begin:end] = tokens[source : source + size]
+        to_positions[begin:end] = _PLACES[:size] if size <= len(_PLACES) else np.arange(size)
+        to_documents[begin:end] = number
+        if weights is not None:
+            to_weight[begin:end] = weights[rows[number]]
+        ends.append((end - 1, tokens[source + size] if more else end_of_text))
+        begin = end
     to_labels[: begin - 1] = to_tokens[1:begin]
-    for place, label in last:
+    for place, label in ends:
         to_labels[place] = label
-    if len(starts) == 1:
-        to_positions[:begin], to_documents[:begin] = np.arange(begin), 0
-    else:
-        np.subtract(np.arange(begin), np.repeat(starts, lengths), out=to_positions[:begin], casting="same_kind")
-        to_documents[:begin] = np.repeat(np.arange(len(starts)), lengths)
-    to_weight[:begin] = 1.0 if weights is None else np.repeat(weights[layout.rows[pieces.start : pieces.stop]], lengths)
+    if weights is None:
+        to_weight[:begin] = 1.0
     if begin < len(to_tokens):
         pad(begin, end_of_text, out)
 

@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +151,23 @@ def shared_data() -> Path:
     if not (folder / "corpora").is_dir():
         pytest.skip(f"needs the real-text folder {folder} (set REGROWTH_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """A file system of S3, over HTTP, from a local server that speaks it."""
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    pytest.importorskip("s3fs", reason="needs s3fs")
+    import fsspec
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
+            patch.setenv(name, value)
+        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield fsspec.filesystem("s3")
+        server.stop()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -82,20 +82,22 @@ class OnlineDataMixing(Bandit):
         k, eps = len(self.initial), self.epsilon(self.step)
         if self.form == "paper":
             scores = self.epsilon(self.step - 1) * self.rewards
-            weights = np.exp(scores - scores.max())
+            weights = np.exp(scores - np.maximum.reduce(scores))
         else:
             weights = self.rewards if self.rewards.sum() > 0 else np.ones(k)
-        return (1.0 - k * eps) * weights / weights.sum() + eps
+        return weights * ((1.0 - k * eps) / np.add.reduce(weights)) + eps
 
     def _learn(self, paid: dict[int, float], drawn_with: np.ndarray) -> None:
         if self.step <= self.warmup_steps and self.initial_reward == "zero":
             return
+        rewards, shares = self.rewards.tolist(), drawn_with.tolist()  # plain floats: single entries of arrays are slow
         for domain, loss in paid.items():
-            reward = loss / drawn_with[domain] if self.form == "paper" else math.exp(min(loss, _LARGEST_EXPONENT))
+            reward = loss / shares[domain] if self.form == "paper" else math.exp(min(loss, _LARGEST_EXPONENT))
             if self.initial_reward == "first_loss" and not self.seen[domain]:
-                self.rewards[domain], self.seen[domain] = reward, True
+                rewards[domain], self.seen[domain] = reward, True
             else:
-                self.rewards[domain] = self.alpha * self.rewards[domain] + (1.0 - self.alpha) * reward
+                rewards[domain] = self.alpha * rewards[domain] + (1.0 - self.alpha) * reward
+        self.rewards = np.array(rewards)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; floats survive exactly."""

@@ -79,9 +79,8 @@ class Mixer:
 
     def observe(self, step: int, losses: dict[int, float]) -> dict[str, Any]:
         """Take the mean loss of each drawn domain of a step; returns the step's log row."""
-        rounded = {d: round(x / _LOSS_RESOLUTION) * _LOSS_RESOLUTION if math.isfinite(x) else x for d, x in losses.items()}
         entry = next(e for e in self.pending if e["step"] == step)
-        entry["losses"] = {str(d): x for d, x in rounded.items()}
+        entry["losses"] = {str(d): round(x / _LOSS_RESOLUTION) * _LOSS_RESOLUTION if math.isfinite(x) else x for d, x in losses.items()}
         return {key: entry[key] for key in ("step", "probabilities", "draws", "losses", "rewards")}
 
     def state_dict(self, next_step: int | None = None) -> dict[str, Any]:
@@ -137,7 +136,7 @@ class Mixer:
 
 def _pick(probabilities: np.ndarray, chances: np.ndarray) -> np.ndarray:
     edges = np.cumsum(probabilities)
-    return np.searchsorted(edges, chances * edges[-1], side="right").clip(max=len(edges) - 1)
+    return np.minimum(edges.searchsorted(chances * edges[-1], side="right"), len(edges) - 1)
 
 
 def _kind(policy: Policy) -> str:

@@ -1,7 +1,6 @@
 """Corpora at addresses: the same batches as from the disk, from a cache that heals, is bounded, and is enough when the server is gone."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,16 @@ from tests.conftest import small_data_values
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[Any]:
-    """(file system, server) of a local server that speaks S3."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    pytest.importorskip("s3fs", reason="needs s3fs")
-    import fsspec
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
-            patch.setenv(name, value)
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield fsspec.filesystem("s3"), server
-        server.stop()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-
-@pytest.fixture(scope="module")
-def uploaded(bucket: Any, documents: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def uploaded(s3: Any, documents: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """A corpus of one domain that is also at s3://corpora/more."""
     folder = tmp_path_factory.mktemp("uploaded")
     values = small_data_values(documents, folder) | {"tokenizer": {"path": str(corpus.folder / "tokenizer/tokenizer.json")}}
     values["sources"] = [{"kind": "jsonl", "path": str(documents / "prose.jsonl"), "domain": "more"}]
     made = prepare(DataConfig.model_validate(values))
-    fs = bucket[0]
-    fs.mkdir("corpora")
+    s3.mkdir("corpora")
     for path in made.folder.rglob("*"):
         if path.is_file():
-            fs.pipe(f"corpora/more/{path.relative_to(made.folder)}", path.read_bytes())
+            s3.pipe(f"corpora/more/{path.relative_to(made.folder)}", path.read_bytes())
     return made
 
 
@@ -70,7 +48,7 @@ def epoch_of(reader: Any) -> list[Any]:
 
 
 def test_batches_are_those_of_the_disk_and_the_cache_outlives_the_server(
-    corpus: Corpus, uploaded: Corpus, bucket: Any, tmp_path: Path
+    corpus: Corpus, uploaded: Corpus, s3: Any, tmp_path: Path
 ) -> None:
     local = loader(corpus, str(uploaded.folder), tmp_path / "cache")
     remote_ = loader(corpus, "s3://corpora/more", tmp_path / "cache")
@@ -95,13 +73,13 @@ def test_batches_are_those_of_the_disk_and_the_cache_outlives_the_server(
     blocks[1].write_bytes(bytes(altered))
     assert epoch_of(loader(corpus, "s3://corpora/more", tmp_path / "cache").readers[index]) == expected, "it heals"
 
-    fs, name = bucket[0], "corpora/more/train/more/00000-000.arrow"
-    whole = fs.cat_file(name)
+    name = "corpora/more/train/more/00000-000.arrow"
+    whole = s3.cat_file(name)
     block = uploaded.shards("train", "more")[0].index.blocks[1]
-    fs.pipe(name, whole[: block.values_offset] + b"\xff" + whole[block.values_offset + 1 :])
+    s3.pipe(name, whole[: block.values_offset] + b"\xff" + whole[block.values_offset + 1 :])
     with pytest.raises(DamagedShard, match=r"s3://corpora/more/train/more/00000-000.arrow: damaged, the tokens of block 1"):
         epoch_of(loader(corpus, "s3://corpora/more", tmp_path / "other").readers[index])
-    fs.pipe(name, whole)
+    s3.pipe(name, whole)
 
     (shard,) = remote_.corpus.shards("train", "more")
     shard.verify()
@@ -119,7 +97,7 @@ def test_the_cache_is_bounded(corpus: Corpus, uploaded: Corpus, tmp_path: Path, 
 
 
 def test_what_is_not_there_or_cannot_be_fetched_is_told(
-    corpus: Corpus, uploaded: Corpus, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, uploaded: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"s3://corpora/none/corpus.json: there is nothing there"):
         loader(corpus, "s3://corpora/none", tmp_path / "cache")

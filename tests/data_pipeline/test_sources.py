@@ -8,6 +8,7 @@ import json
 import lzma
 import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -216,34 +217,17 @@ def test_addresses_are_read_through_fsspec_from_a_real_server(tmp_path: Path) ->
         read_all(JsonlFiles(JsonlSource(kind="jsonl", path="nosuch://bucket/x.jsonl")))
 
 
-def test_a_bucket_is_listed_read_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 as a protocol over HTTP, from a local server that speaks it."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    pytest.importorskip("s3fs", reason="needs s3fs")
-    import fsspec
-
-    for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(name, value)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    try:
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("corpus")
-        rows = [f"row {i} " + "z" * 200 for i in range(300)]
-        fs.pipe("corpus/in/plain.jsonl", "".join(json.dumps({"text": r}) + "\n" for r in rows).encode())
-        fs.pipe("corpus/in/packed.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"text": "packed"}\n'))
-        source = JsonlFiles(JsonlSource(kind="jsonl", path="s3://corpus/in"))
-        items = source.items(20_000)
-        found = [d for item in items for d in source.read(item)]
-        assert len(items) > 3 and all(item.stamp for item in items)
-        assert [d.text for d in found] == ["packed", *rows]
-        assert found[0].source == "s3://corpus/in/packed.jsonl.zst@0"
-    finally:
-        server.stop()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+def test_a_bucket_is_listed_read_and_split(s3: Any) -> None:
+    s3.mkdir("corpus")
+    rows = [f"row {i} " + "z" * 200 for i in range(300)]
+    s3.pipe("corpus/in/plain.jsonl", "".join(json.dumps({"text": r}) + "\n" for r in rows).encode())
+    s3.pipe("corpus/in/packed.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"text": "packed"}\n'))
+    source = JsonlFiles(JsonlSource(kind="jsonl", path="s3://corpus/in"))
+    items = source.items(20_000)
+    found = [d for item in items for d in source.read(item)]
+    assert len(items) > 3 and all(item.stamp for item in items)
+    assert [d.text for d in found] == ["packed", *rows]
+    assert found[0].source == "s3://corpus/in/packed.jsonl.zst@0"
 
 
 def test_megatron_datasets_are_written_read_and_understood_by_megatron(corpus: Corpus, tmp_path: Path) -> None:
