@@ -171,11 +171,12 @@ class RemoteShard(Shard):
         with exclusive(self.blocks / f".{number}.lock"):
             if path.exists() and path.stat().st_size == end - begin:
                 return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-            data = np.frombuffer(self.cache.fetch(self.name, begin, end), dtype=np.uint8)
+            fetched = self.cache.fetch(self.name, begin, end)
+            data = np.frombuffer(fetched, dtype=np.uint8)
             self._block(number, data, begin)  # checked before it is kept
             self.cache.make_room()
             with atomic_path(path) as partial:
-                partial.write_bytes(data)
+                partial.write_bytes(fetched)
         return data
 
 

@@ -124,7 +124,11 @@ def _call(store: Path, rank: int, size: int, function: Callable[..., Any], args:
         return function(*args, **kwargs)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=100))
     try:
-        return function(*args, **kwargs)
+        dist.barrier()  # nobody goes home while another still knocks
+        result = function(*args, **kwargs)
+        if dist.is_initialized():
+            dist.barrier()
+        return result
     finally:
         if dist.is_initialized():
             # DeepSpeed keeps groups of its own accord, and forgets them where it is asked to end them.

@@ -7,6 +7,7 @@ runs/2026-11-21_quickstart/
   checkpoints/       logs/rank-0.log ...      export/hf/      report.html
 """
 
+import json
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ from typing import Any
 from regrowth import __version__
 from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import UserError
-from regrowth.files import append_jsonl, read_jsonl, write_json, write_text
+from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, read_jsonl, write_json, write_text
 from regrowth.pretrain.config import RunConfig
 from regrowth.settings import load, to_toml
 
@@ -83,16 +84,23 @@ class RunFolder:
         """The steps of the decision log, without the rows that say what they are decided by."""
         return [row for row in self.rows("mixing") if is_decision(row)]
 
+    def decided_by(self) -> dict[str, Any]:
+        """The last row of the decision log that says what decisions are made by; empty if there is none."""
+        return max(
+            (row for row in iterate_jsonl(self.path / "mixing.jsonl") if not is_decision(row)), key=lambda row: row["step"], default={}
+        )
+
     def rewind(self, step: int) -> None:
         """Forget the rows of steps that will be done again; events are history and stay."""
         for name in ("metrics", "mixing", "evaluations"):
-            rows = self.rows(name)
-            # What stands in front of a step stays: its evaluation, and what its decisions are made by.
-            kept = [row for row in rows if row["step"] < step + (name == "evaluations" or (name == "mixing" and not is_decision(row)))]
-            if len(kept) < len(rows):
-                import json
-
-                write_text(self.path / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            path = self.path / f"{name}.jsonl"
+            if not path.exists():
+                continue
+            with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as out:
+                for row in iterate_jsonl(path):  # not all at once: the logs of a long run are large
+                    # What stands in front of a step stays: its evaluation, and what its decisions are made by.
+                    if row["step"] < step + (name == "evaluations" or (name == "mixing" and not is_decision(row))):
+                        out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     @property
     def finished(self) -> bool:

@@ -17,7 +17,6 @@ import torch
 
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import RegrowthError, RunFailed, Stopped
 from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
@@ -117,7 +116,7 @@ class Trainer:
         if self.rank != 0:
             return
         segment = self.session.loader.segment()
-        before = next((row for row in reversed(self.run.rows("mixing")) if not is_decision(row)), {})
+        before = self.run.decided_by()
         if anyway or any(before.get(key) != value for key, value in segment.items()):
             self.run.log("mixing", {"step": step, **segment})
             if before:

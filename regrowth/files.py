@@ -119,17 +119,21 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         log.write((b"\n" if torn else b"") + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a torn last line (the writer was killed) is passed over, and a missing file is an empty log."""
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log, one by one; a torn last line (the writer was killed) is passed over, and a missing file is an empty log."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a log."""
+    return list(iterate_jsonl(path))
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

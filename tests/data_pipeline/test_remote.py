@@ -47,9 +47,7 @@ def epoch_of(reader: Any) -> list[Any]:
     return [batch.tokens.tolist(), batch.loss_weight.tolist()]
 
 
-def test_batches_are_those_of_the_disk_and_the_cache_outlives_the_server(
-    corpus: Corpus, uploaded: Corpus, s3: Any, tmp_path: Path
-) -> None:
+def test_batches_are_those_of_the_disk_and_the_cache_outlives_the_server(corpus: Corpus, uploaded: Corpus, s3: Any, tmp_path: Path) -> None:
     local = loader(corpus, str(uploaded.folder), tmp_path / "cache")
     remote_ = loader(corpus, "s3://corpora/more", tmp_path / "cache")
     assert remote_.domains == local.domains == ["more", "programs", "prose"]
