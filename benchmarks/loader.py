@@ -77,13 +77,6 @@ def ours(corpus: Corpus, packing: str, length: int, prefetch: int = 0) -> Iterat
         yield batch.tokens
 
 
-def whole_documents(corpus: Corpus, order: np.ndarray, offsets: np.ndarray, values: np.ndarray) -> Iterator[np.ndarray]:
-    """Documents one by one from a flat file, in random order: what IndexedDataset does, without it."""
-    while True:
-        for i in order:
-            yield values[offsets[i] : offsets[i + 1]]
-
-
 def chunks_of_memmap(path: Path, length: int) -> Iterator[np.ndarray]:
     """nanoGPT's and Megatron's way: slices of one flat file, made int32 as a model wants them."""
     values = np.memmap(path, dtype=np.uint16, mode="r")

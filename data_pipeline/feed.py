@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from regrowth.data_pipeline.batch import Batch
 from regrowth.data_pipeline.loader import Loader
+from regrowth.errors import Exhausted
 
 Prepared = TypeVar("Prepared")
 
@@ -42,7 +43,10 @@ class Feed(Generic[Prepared]):
         for ahead in range(step + 1, min(step + 1 + self.ahead, self.steps)):
             if not self.loader.may_plan(ahead):
                 break
-            self._plan(ahead)
+            try:
+                self._plan(ahead)
+            except Exhausted:  # raised again in its turn, when the steps before it are trained
+                break
         ids, future = self._planned.pop(step)
         began = time.perf_counter()
         prepared = future.result() if future else self._build(step, ids)

@@ -12,13 +12,12 @@ import numpy as np
 from regrowth.data_pipeline.batch import Batch, split_sample_id
 from regrowth.data_pipeline.config import LoaderConfig
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.mixing.build import build_policy
+from regrowth.data_pipeline.mixing.build import build_mixer
 from regrowth.data_pipeline.mixing.config import Mixing
 from regrowth.data_pipeline.mixing.decisions import Script
-from regrowth.data_pipeline.mixing.limits import Limits, SaturationMonitor
-from regrowth.data_pipeline.mixing.mixer import Mixer
+from regrowth.data_pipeline.mixing.limits import units_left
 from regrowth.data_pipeline.reader import Cursor, Damage, DomainReader
-from regrowth.errors import UserError
+from regrowth.errors import Exhausted, UserError
 
 # The order of a domain's sequences is theirs; they may not change while a run goes on.
 _ORDER = ("sequence_length", "unit_sequences", "packing", "seed")
@@ -43,12 +42,8 @@ class Loader:
             )
         tokens = [corpus.tokens("train", d) for d in self.domains]
         self.budget_tokens = steps * config.global_batch * config.sequence_length
-        policy = build_policy(mixing, self.domains, tokens, self.budget_tokens)
-        limits = Limits.of(mixing, self.domains)
-        monitor = SaturationMonitor(mixing.saturation, len(self.domains)) if mixing.saturation else None
-        self.mixer = Mixer(
-            policy, self.domains, config.global_batch // config.unit_sequences, config.update_delay, config.seed, limits, monitor
-        )
+        self.steps = steps
+        self.mixer = build_mixer(mixing, config, self.domains, tokens, self.budget_tokens)
         self.readers = [
             DomainReader(corpus, "train", d, i, config.sequence_length, config.seed, config.packing, config.damaged == "skip")
             for i, d in enumerate(self.domains)
@@ -56,6 +51,21 @@ class Loader:
         self.cursors = [Cursor() for _ in self.domains]
         self.script = Script.open(mixing.replay_log, self.segment()) if mixing.replay_log else None
         self._before: dict[int, list[Cursor]] = {}  # the cursors as they were before each step that is not done yet
+
+    def check_enough(self, step: int) -> None:
+        """See before the run begins, at `step`, that neither its data nor the log it follows can end before it does.
+
+        Domains that the policy never draws count as data here: a run may still find out later.
+
+        Raises:
+            Exhausted: they will.
+        """
+        if self.script:
+            for needed in range(step, self.steps):
+                self.script.row(needed)
+        elif (room := self._room()) is not None and (can := step + np.floor(max(room.sum(), 0) / self.mixer.units)) < self.steps:
+            raise Exhausted(f"mixing.max_epochs: the domains have data for {can:.0f} steps together, and the run has {self.steps}. Raise it, add data "
+                            f"(loader.corpora), or set run.steps = {can:.0f}.")  # fmt: skip
 
     def may_plan(self, step: int) -> bool:
         """Whether a step can be planned already: not before the losses are there that its draw has to see."""
@@ -65,7 +75,7 @@ class Loader:
         """Draw the step's domains and take its sequences: the sample ids of the global batch, in order. Every rank calls this once a step.
 
         Raises:
-            UserError: no domain may be read any more (mixing.max_epochs), or the log that is followed ends here.
+            Exhausted: no domain may be read any more (mixing.max_epochs), or the log that is followed has no such step.
         """
         if self.script:
             row = self.script.row(step)
@@ -145,10 +155,7 @@ class Loader:
         }
 
     def _room(self) -> np.ndarray | None:
-        most = self._most()
-        if np.isinf(most).all():
-            return None
-        return np.floor((most - np.array([c.taken for c in self.cursors])) / self.config.unit_sequences)
+        return units_left(self._most(), [c.taken for c in self.cursors], self.config.unit_sequences)
 
     def _most(self) -> np.ndarray:
         """float64 [K]: sequences that may be read of each domain."""

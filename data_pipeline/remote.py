@@ -4,6 +4,7 @@ One request fetches one block of a shard; its hash is checked before it is kept.
 them. While a block is read, the next one of its domain is fetched in a thread.
 """
 
+import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pyarrow as pa
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.shards import Block, DamagedShard, Shard, ShardIndex, read_index
 from regrowth.errors import RunFailed, UserError, need
-from regrowth.files import atomic_path, exclusive, fingerprint
+from regrowth.files import atomic_path, exclusive, fingerprint, user_cache
 
 _ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
@@ -25,10 +26,10 @@ _LOOK_EVERY = 16  # blocks fetched between two looks at the size of the cache
 
 
 class Cache:
-    """Files of one corpus on this machine, the blocks among them bounded in size.
+    """Files of one corpus on this machine. Its folder is named by the address and what stood there: a corpus made anew is another.
 
     Args:
-        limit: bytes of blocks that are kept, of all corpora; those that were read longest ago go first.
+        limit: bytes of blocks and shards that are kept, of all corpora; those that were read longest ago go first.
     """
 
     def __init__(self, address: str, root: Path, limit: float) -> None:
@@ -40,8 +41,10 @@ class Cache:
                 f"{address}: {error}. Install the package that opens {address.split('://')[0]}:// addresses (s3fs, gcsfs, ...)."
             ) from error
         self.address, self.root, self.limit = address.rstrip("/"), root, limit
-        self.folder = root / fingerprint(self.address)
         self.fetched = 0
+        manifest = self.fetch("corpus.json")
+        self.folder = root / fingerprint([self.address, hashlib.sha256(manifest).hexdigest()])
+        self._keep("corpus.json", manifest)
 
     def fetch(self, name: str, begin: int | None = None, end: int | None = None) -> bytes:
         """Bytes of a file of the corpus.
@@ -62,22 +65,24 @@ class Cache:
                 time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
         raise AssertionError
 
-    def small(self, name: str, anew: bool = False) -> Path:
+    def whole(self, name: str) -> Path:
         """A whole file of the corpus, fetched if it is not here."""
         path = self.folder / name
-        if anew or not path.exists():
-            data = self.fetch(name)
-            with atomic_path(path) as partial:
-                partial.write_bytes(data)
+        if not path.exists():
+            self._keep(name, self.fetch(name))
         return path
 
+    def _keep(self, name: str, data: bytes) -> None:
+        with atomic_path(self.folder / name) as partial:
+            partial.write_bytes(data)
+
     def make_room(self) -> None:
-        """Remove the blocks read longest ago while there are too many."""
+        """Remove the blocks and shards read longest ago while there are too many."""
         self.fetched += 1
         if self.fetched % _LOOK_EVERY != 1:
             return
         found = []
-        for path in self.root.glob("*/blocks/*/*.bin"):
+        for path in (*self.root.glob("*/blocks/*/*.bin"), *self.root.glob("*/*/*/*.arrow")):
             try:
                 found.append((path.stat().st_mtime, path.stat().st_size, path))
             except FileNotFoundError:  # another process was faster
@@ -97,8 +102,7 @@ def open_remote(address: str, root: Path, limit: float) -> Corpus:
         UserError: there is none.
     """
     cache = Cache(address, root, limit)
-    cache.small("corpus.json", anew=True)
-    cache.small("tokenizer/tokenizer.json")
+    cache.whole("tokenizer/tokenizer.json")
     corpus = Corpus.open(cache.folder)
     splits = {
         split: {domain: [{**row, "cache": cache} for row in rows] for domain, rows in by_domain.items()}
@@ -114,7 +118,7 @@ class RemoteShard(Shard):
         self.cache, self.name = cache, str(row["path"])
         self.shown = f"{cache.address}/{self.name}"
         self.path = cache.folder / self.name  # where it is when all of it was fetched
-        self.index: ShardIndex = read_index(cache.small(str(Path(self.name).with_suffix(".json"))))
+        self.index: ShardIndex = read_index(cache.whole(str(Path(self.name).with_suffix(".json"))))
         self.blocks = cache.folder / "blocks" / self.index.sha256[:32]
         self._checked: set[int] = set()
 
@@ -153,7 +157,8 @@ class RemoteShard(Shard):
         Shard(self._whole_file()).verify()
 
     def _whole_file(self) -> Path:
-        return self.cache.small(self.name)
+        self.cache.make_room()
+        return self.cache.whole(self.name)
 
     def _span(self, number: int) -> tuple[int, int]:
         """The bytes of the shard that hold a block's tokens, row offsets and weights."""
@@ -184,5 +189,4 @@ def cache_root(setting: Path | None) -> Path:
     """Where corpora are cached: as set, or the user's own cache folder."""
     if setting is not None:
         return setting
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "regrowth" / "corpora"
+    return user_cache() / "corpora"

@@ -65,16 +65,17 @@ class Session:
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.loaded(int(state.trainer["optimizer_steps"]))
+        self.loader.check_enough(self.step)
 
     def close(self) -> None:
         """End the loader's thread; the session is done with."""
         self.feed.close()
 
-    def _micro_batches(self, batch: Batch) -> tuple[float, list[MicroBatch]]:
-        """A rank's share of a step as the loss weight in it and its micro-batches on the device."""
+    def _micro_batches(self, batch: Batch) -> tuple[int, float, list[MicroBatch]]:
+        """A rank's share of a step: its tokens (padding left out), their weight in the loss, and its micro-batches on the device."""
         size = self.config.parallel.micro_batch * (len(batch) * self.config.parallel.data_ranks // self.config.loader.global_batch)
         parts = [to_tensors(batch.slice(i, min(i + size, len(batch))), self.device) for i in range(0, len(batch), size)]
-        return float(batch.loss_weight.sum()), parts
+        return int((batch.doc_ids >= 0).sum()), float(batch.loss_weight.sum()), parts
 
     def use_precision(self, recipe: PrecisionRecipe) -> None:
         """Let the linears follow a recipe from now on."""

@@ -17,7 +17,7 @@ import torch
 
 from regrowth.data_pipeline.batch import split_sample_id
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.errors import RegrowthError, RunFailed, Stopped
+from regrowth.errors import Exhausted, RegrowthError, RunFailed, Stopped
 from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
 from regrowth.parallel.mesh import Mesh
@@ -107,7 +107,8 @@ class Trainer:
             raise
         finally:
             gc.enable()
-            self.session.close()
+            if session := getattr(self, "session", None):  # there is none if the one after a growth could not be built
+                session.close()
             if self.metrics:
                 self.metrics.close()
 
@@ -149,10 +150,14 @@ class Trainer:
             self.told_recipe = recipe.name
 
         self.heart.beat(step, "data")
-        ids, (weight, micro_batches) = session.feed.take(step)
-        tokens, asked = self._exchange(weight)
+        try:
+            ids, (mine, my_weight, micro_batches) = session.feed.take(step)
+        except Exhausted:  # on all ranks alike: what was trained is kept
+            self._save(step, wait=True)
+            raise
+        tokens, weight, asked = self._exchange(mine, my_weight)
         self.heart.beat(step, "forward and backward")
-        reports = engine.forward_backward(micro_batches, training_report, scale=1.0 / max(tokens, 1.0))
+        reports = engine.forward_backward(micro_batches, training_report, scale=1.0 / max(weight, 1.0))
         growths = session.lineage.growth_steps
         lr = config.optimizer.lr * lr_factor(config.schedule, step, config.run.steps, growths)
         sums = engine.gather(torch.cat(reports)).cpu().numpy()  # [global batch, 2], in the batch's order on every rank
@@ -164,11 +169,11 @@ class Trainer:
         updated = norm < math.inf and norm <= limit
         routed = balance(engine.modules, session.model_config, self.mesh, move=updated)
         decision = session.loader.observe(step, self._domain_losses(ids, sums))
-        self._account(ids, int(tokens), config.loader.length_at(step))
+        self._account(ids, tokens, config.loader.length_at(step))
         self._tell_of_the_data(step)
         self._guard(step, loss, norm, updated)
         if self.metrics:
-            row = self._row(step, loss, lr, norm, int(tokens), decision, time.perf_counter() - began)
+            row = self._row(step, loss, lr, norm, tokens, decision, time.perf_counter() - began)
             if routed:
                 row["routers"] = router_rows(routed, session.model_config)
             self.metrics.step(row, decision)
@@ -225,8 +230,8 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
-    def _exchange(self, tokens: float) -> tuple[float, bool]:
-        """One small exchange before a step: how many tokens the global batch trains on, and whether any rank was asked to stop.
+    def _exchange(self, tokens: int, weight: float) -> tuple[int, float, bool]:
+        """One small exchange before a step: tokens and loss weight of the global batch, and whether any rank was asked to stop.
 
         Raises:
             RunFailed: on all ranks, if the checkpoint on its way could not be written by one of them.
@@ -235,16 +240,15 @@ class Trainer:
             self._note_saved(saved)
         plan = self.config.parallel
         copies = plan.world_size // plan.data_ranks  # ranks that read the same sequences
-        mine = torch.tensor(
-            [tokens / copies, float(self.asked_to_stop()), float(self.saver.failed)], dtype=torch.float64, device=self.device
-        )
+        mine = [tokens / copies, weight / copies, float(self.asked_to_stop()), float(self.saver.failed)]
+        ours = torch.tensor(mine, dtype=torch.float64, device=self.device)
         if plan.world_size > 1:
-            torch.distributed.all_reduce(mine)
-        tokens, asked, failed = mine.tolist()
+            torch.distributed.all_reduce(ours)
+        all_tokens, all_weight, asked, failed = ours.tolist()
         if failed:
             self.saver.wait()  # raises where it failed
             raise RunFailed(f"{self.run.path}: a checkpoint could not be written on another rank. Older checkpoints are intact.")
-        return round(tokens, 6), asked > 0
+        return round(all_tokens), round(all_weight, 6), asked > 0
 
     def _guard(self, step: int, loss: float, norm: float, updated: bool) -> None:
         guard, limits = self.guard, (self.guard.loss_limit, self.guard.norm_limit)

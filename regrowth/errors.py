@@ -27,6 +27,10 @@ class UserError(RegrowthError):
     exit_code = 2
 
 
+class Exhausted(UserError):
+    """There is no more data to train on, on any rank: the run has to be told to end here, or be given more."""
+
+
 class Stopped(RegrowthError):
     """Stopped on request, with everything needed to go on written down."""
 

@@ -30,6 +30,11 @@ def exclusive(path: Path, refusal: str | None = None) -> Iterator[None]:
         yield
 
 
+def user_cache() -> Path:
+    """Where this project keeps what it can make or fetch again: in the user's own cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regrowth"
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file's contents, or a folder's entries, to the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -1,7 +1,8 @@
-"""From a mixing config to its policy over a corpus's domains."""
+"""From a mixing config to its policy over a corpus's domains, and to the mixer that draws by it."""
 
 import numpy as np
 
+from regrowth.data_pipeline.config import LoaderConfig
 from regrowth.data_pipeline.mixing.ado import AdaptiveDataOptimization
 from regrowth.data_pipeline.mixing.bandits import DoReMi, Exp3, OnlineDataMixing
 from regrowth.data_pipeline.mixing.config import (
@@ -15,9 +16,19 @@ from regrowth.data_pipeline.mixing.config import (
     StaticMixing,
     UniMaxMixing,
 )
+from regrowth.data_pipeline.mixing.limits import Limits, SaturationMonitor
+from regrowth.data_pipeline.mixing.mixer import Mixer
 from regrowth.data_pipeline.mixing.policy import Policy, Static, resolve_weights, schedule_of, unimax
 from regrowth.data_pipeline.mixing.rewards import Reward, reference_losses
 from regrowth.errors import UserError
+
+
+def build_mixer(config: Mixing, loader: LoaderConfig, domains: list[str], tokens: list[int], budget_tokens: int = 0) -> Mixer:
+    """The mixer of a run: its policy, its bounds and its draws per step. Arguments and errors as of `build_policy`."""
+    policy = build_policy(config, domains, tokens, budget_tokens)
+    monitor = SaturationMonitor(config.saturation, len(domains)) if config.saturation else None
+    units = loader.global_batch // loader.unit_sequences
+    return Mixer(policy, domains, units, loader.update_delay, loader.seed, Limits.of(config, domains), monitor)
 
 
 def build_policy(config: Mixing, domains: list[str], tokens: list[int], budget_tokens: int = 0) -> Policy:

@@ -4,11 +4,24 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from regrowth.settings import Settings
 
-Shares = dict[str, float] | Literal["natural", "uniform"]
+
+def check_weights(weights: dict[str, float] | str) -> dict[str, float] | str:
+    """Weights are shares: finite, not negative, and they sum to 1."""
+    if isinstance(weights, str):
+        return weights
+    for domain, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"the weight of {domain} is {weight}; shares are finite and not negative")
+    if abs(total := sum(weights.values()) - 1.0) > 1e-3:
+        raise ValueError(f"the weights sum to {total + 1.0:.4g}; they are shares and sum to 1")
+    return weights
+
+
+Shares = Annotated[dict[str, float] | Literal["natural", "uniform"], AfterValidator(check_weights)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -48,11 +61,6 @@ class StaticMixing(MixingBase):
     weights: Shares = "natural"
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
-    @field_validator("weights")
-    @classmethod
-    def _positive(cls, value: Shares) -> Shares:
-        return check_weights(value)
-
 
 class UniMaxMixing(MixingBase):
     """As uniform as a limit on epochs allows (Chung et al. 2023, arXiv 2304.09151)."""
@@ -67,11 +75,6 @@ class MixingStage(Settings):
 
     at_step: Count
     weights: Shares
-
-    @field_validator("weights")
-    @classmethod
-    def _positive(cls, value: Shares) -> Shares:
-        return check_weights(value)
 
 
 class ScheduleMixing(MixingBase):
@@ -102,11 +105,6 @@ class LearningMixing(MixingBase):
     warmup_steps: Count = 20  # at the initial mixture
     reward: Literal["loss", "decrease", "excess"] = "loss"
     reference: dict[str, float] | Path | None = None
-
-    @field_validator("initial")
-    @classmethod
-    def _positive(cls, value: Shares) -> Shares:
-        return check_weights(value)
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> Any:
@@ -170,15 +168,3 @@ class AdoMixing(LearningMixing):
 Mixing = Annotated[
     StaticMixing | UniMaxMixing | ScheduleMixing | OdmMixing | Exp3Mixing | DoReMiMixing | AdoMixing, Field(discriminator="policy")
 ]
-
-
-def check_weights(weights: Shares) -> Shares:
-    """Weights are shares: finite, not negative, and they sum to 1."""
-    if isinstance(weights, str):
-        return weights
-    for domain, weight in weights.items():
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"the weight of {domain} is {weight}; shares are finite and not negative")
-    if abs(total := sum(weights.values()) - 1.0) > 1e-3:
-        raise ValueError(f"the weights sum to {total + 1.0:.4g}; they are shares and sum to 1")
-    return weights

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrowth.errors import UserError
+from regrowth.errors import Exhausted, UserError
 from regrowth.files import read_jsonl
 
 # What two runs must share for one to follow the other's decisions.
@@ -101,10 +101,10 @@ class Script:
         """The decision of a step.
 
         Raises:
-            UserError: the log has none.
+            Exhausted: the log has none.
         """
         if step not in self.rows:
-            raise UserError(f"mixing.replay_log = {self.run}: its log has no step {step} (it has {min(self.rows)} to {max(self.rows)}). Set "
+            raise Exhausted(f"mixing.replay_log = {self.run}: its log has no step {step} (it has {min(self.rows)} to {max(self.rows)}). Set "
                             f"run.steps to at most {max(self.rows) + 1}, or finish that run first.")  # fmt: skip
         return self.rows[step]
 

@@ -46,11 +46,10 @@ class Limits:
     def apply(self, shares: np.ndarray, open_: np.ndarray) -> np.ndarray:
         """The shares [K] within the bounds, in proportion to what they were wherever no bound holds them; none where not `open_` [K].
 
-        A domain that the policy leaves out (share 0) stays out. If the bounds of those that are left cannot be met, the upper ones give way.
+        A domain that the policy leaves out (share 0) stays out; one at least has to be open and wanted. If the bounds of those that are left
+        cannot be met, the upper ones give way.
         """
         wanted = np.where(open_, shares, 0.0)
-        if wanted.sum() <= 0:  # the policy wants only what is exhausted
-            wanted = open_.astype(np.float64)
         wanted = wanted / wanted.sum()
         if not self.bound_shares:
             return wanted
@@ -58,6 +57,16 @@ class Limits:
         if high.sum() < 1.0:
             high = high / high.sum()
         return bounded(wanted, low, high)
+
+
+def units_left(most: np.ndarray, taken: list[int], unit_sequences: int) -> np.ndarray | None:
+    """float64 [K]: units that may still be read of each domain; None where no domain has a limit.
+
+    Args:
+        most: float64 [K], sequences that may be read of each domain in all.
+        taken: sequences that were.
+    """
+    return None if np.isinf(most).all() else np.floor((most - np.array(taken)) / unit_sequences)
 
 
 def bounded(shares: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

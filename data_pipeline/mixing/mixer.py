@@ -13,7 +13,7 @@ import numpy as np
 from regrowth.data_pipeline.mixing.limits import Limits, SaturationMonitor
 from regrowth.data_pipeline.mixing.policy import Policy
 from regrowth.data_pipeline.order import uniforms
-from regrowth.errors import UserError
+from regrowth.errors import Exhausted
 
 # Losses are rounded to this before a policy sees them, so that a different order of summation rarely changes a draw.
 _LOSS_RESOLUTION = 2.0**-16
@@ -56,7 +56,7 @@ class Mixer:
             room: float64 [K], units that may still be read of each domain; None: as many as one likes.
 
         Raises:
-            UserError: no domain may be read any more.
+            Exhausted: no domain that the policy draws may be read any more.
         """
         self._learn_until(step - self.update_delay)
         probabilities = self._bounded(self.policy.probabilities(step), room, step)
@@ -72,8 +72,8 @@ class Mixer:
         return drawn
 
     def follow(self, step: int, probabilities: list[float], drawn: list[int]) -> np.ndarray:
-        """Take a step's draws from another run's log."""
-        self.pending = [e for e in self.pending if e["step"] >= step - self.update_delay]
+        """Take a step's draws from another run's log. The policy learns from them meanwhile, for when the log is left."""
+        self._learn_until(step - self.update_delay)
         self._pend(step, probabilities, drawn)
         return np.array(drawn)
 
@@ -115,9 +115,9 @@ class Mixer:
         if self.limits is None:
             return probabilities
         open_ = np.ones(len(self.domains), dtype=bool) if room is None else room >= 1.0
-        if not open_.any():
-            raise UserError(f"step {step}: every domain has been read as often as mixing.max_epochs allows. Raise it, add data, or end the run "
-                            f"earlier (run.steps = {step}).")  # fmt: skip
+        if not (open_ & (probabilities > 0)).any():
+            raise Exhausted(f"step {step}: every domain that the policy draws has been read as often as mixing.max_epochs allows. Raise it, "
+                            f"add data, or end the run earlier (run.steps = {step}).")  # fmt: skip
         return self.limits.apply(probabilities, open_)
 
     def _learn_until(self, step: int) -> None:

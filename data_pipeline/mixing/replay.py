@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from regrowth.data_pipeline.mixing.build import build_policy
+from regrowth.data_pipeline.config import LoaderConfig
+from regrowth.data_pipeline.mixing.build import build_mixer
 from regrowth.data_pipeline.mixing.config import Mixing
 from regrowth.data_pipeline.mixing.decisions import Segment, losses_of, read_log, segments
-from regrowth.data_pipeline.mixing.limits import Limits, SaturationMonitor
+from regrowth.data_pipeline.mixing.limits import units_left
 from regrowth.data_pipeline.mixing.mixer import Mixer
 
 
@@ -60,16 +61,12 @@ def replay(run: Path) -> Replay:
 
 def _mixer(segment: Segment) -> tuple[Mixer, Any]:
     by = segment.decided_by
-    mixing, loader, domains = TypeAdapter(Mixing).validate_python(by["mixing"]), by["loader"], by["domains"]
-    policy = build_policy(mixing, domains, by["tokens"], by["budget_tokens"])
-    monitor = SaturationMonitor(mixing.saturation, len(domains)) if mixing.saturation else None
-    units = loader["global_batch"] // loader["unit_sequences"]
-    mixer = Mixer(policy, domains, units, loader["update_delay"], loader["seed"], Limits.of(mixing, domains), monitor)
+    mixing, loader = TypeAdapter(Mixing).validate_python(by["mixing"]), LoaderConfig.model_validate(by["loader"])
+    mixer = build_mixer(mixing, loader, by["domains"], by["tokens"], by["budget_tokens"])
     most = np.array([np.inf if m is None else m for m in by["max_sequences"]])
 
     def room(row: dict[str, Any]) -> np.ndarray | None:
-        taken = np.array([cursor[3] for cursor in row["cursors"]])
-        return None if np.isinf(most).all() else np.floor((most - taken) / loader["unit_sequences"])
+        return units_left(most, [cursor[3] for cursor in row["cursors"]], loader.unit_sequences)
 
     return mixer, room
 

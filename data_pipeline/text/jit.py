@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from regrowth.errors import need
+from regrowth.files import user_cache
 
 _numba: Any = need("numba", "counting words, lines and n-grams at speed")
 
@@ -22,8 +23,7 @@ def cache_folder() -> Path | None:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "regrowth" / f"kernels-{digest.hexdigest()[:16]}"
+        folder = user_cache() / f"kernels-{digest.hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid() else None
     except (OSError, RuntimeError):

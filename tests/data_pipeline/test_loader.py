@@ -18,7 +18,7 @@ from regrowth.data_pipeline.loader import Loader, heldout_batches
 from regrowth.data_pipeline.mixing.config import OdmMixing, StaticMixing
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.data_pipeline.reader import Cursor
-from regrowth.errors import UserError
+from regrowth.errors import Exhausted, UserError
 from tests.conftest import small_data_values
 
 CONFIG = LoaderConfig(sequence_length=64, global_batch=8, unit_sequences=2, seed=7)
@@ -171,8 +171,35 @@ def test_epochs_end_where_they_are_limited_to_the_sequence(corpus: Corpus) -> No
     taken = [s for ids in advance(loader, range(half // 8 + 30)) for s in ids]
     assert sum(split_sample_id(s)[0] == prose for s in taken) == half
     nothing = Loader(corpus, config, StaticMixing(max_epochs=0.1))
-    with pytest.raises(UserError, match=r"every domain has been read as often as mixing\.max_epochs allows"):
+    with pytest.raises(UserError, match=r"that the policy draws has been read as often as mixing\.max_epochs allows"):
         advance(nothing, range(1000))
+
+
+def test_the_end_of_the_data_is_told_before_the_run_and_else_in_its_turn(corpus: Corpus) -> None:
+    config = CONFIG.model_copy(update={"prefetch": 4})
+    both = Loader(corpus, config, StaticMixing(max_epochs=0.5), steps=1000)
+    can = sum(int(reader.sequences * 0.5) // 2 for reader in both.readers) // 4
+    with pytest.raises(Exhausted, match=f"have data for {can} steps together, and the run has 1000.* set run.steps = {can}"):
+        both.check_enough(0)
+    enough = Loader(corpus, config, StaticMixing(max_epochs=0.5), steps=can)
+    enough.check_enough(0)
+    assert len(advance(enough, range(can))) == can
+    Loader(corpus, config, StaticMixing(max_epochs={"prose": 0.5}), steps=1000).check_enough(0)
+
+    weights = {"prose": 1.0, "programs": 0.0}
+    loader = Loader(corpus, config, StaticMixing(weights=weights, max_epochs=0.5), steps=1000)
+    last = int(loader.readers[loader.domains.index("prose")].sequences * 0.5) // 2 // 4
+    feed = Feed(loader, 0, 1, len, 1000)
+    for step in range(last):
+        assert feed.take(step)[1] == 8, "what was planned ahead ends nothing"
+        loader.observe(step, {0: 1.0})
+    for _ in range(2):
+        with pytest.raises(Exhausted, match=rf"step {last}: every domain that the policy draws has been read"):
+            feed.take(last)
+    plain = Loader(corpus, config, StaticMixing(weights=weights, max_epochs=0.5))
+    advance(plain, range(last))
+    assert loader.state_dict(last)["cursors"] == plain.state_dict()["cursors"], "and the state is that of the last step"
+    feed.close()
 
 
 def test_batches_are_built_ahead_as_far_as_the_mixture_allows(corpus: Corpus) -> None:

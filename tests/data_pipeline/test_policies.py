@@ -224,8 +224,11 @@ def test_draws_end_where_the_epochs_do() -> None:
         left = left - np.bincount(drawn, minlength=3)
         assert (left >= 0).all()
     assert left.sum() == 1
-    with pytest.raises(UserError, match=r"step 9: every domain has been read as often as mixing.max_epochs allows"):
+    with pytest.raises(UserError, match=r"step 9: every domain that the policy draws has been read as often as mixing.max_epochs allows"):
         mixer.draw(9, left)
+    unwanted = Mixer(Static(np.array([1.0, 0.0, 0.0])), DOMAINS, 10, 1, 0, Limits.of(StaticMixing(max_epochs=1), DOMAINS))
+    with pytest.raises(UserError, match=r"step 0: every domain that the policy draws has"):
+        unwanted.draw(0, np.array([9.0, 50.0, 50.0]))
 
 
 def test_the_watch_tells_a_flat_domain_from_a_falling_and_from_a_noisy_one() -> None:

@@ -1,4 +1,4 @@
-"""Corpora at addresses: the same batches as from the disk, from a cache that heals, is bounded, and is enough when the server is gone."""
+"""Corpora at addresses: the same batches as from the disk, from a cache that heals, is bounded, and tells a corpus made anew from the one before."""
 
 import os
 from pathlib import Path
@@ -47,7 +47,7 @@ def epoch_of(reader: Any) -> list[Any]:
     return [batch.tokens.tolist(), batch.loss_weight.tolist()]
 
 
-def test_batches_are_those_of_the_disk_and_the_cache_outlives_the_server(corpus: Corpus, uploaded: Corpus, s3: Any, tmp_path: Path) -> None:
+def test_batches_are_those_of_the_disk_and_the_cache_heals(corpus: Corpus, uploaded: Corpus, s3: Any, tmp_path: Path) -> None:
     local = loader(corpus, str(uploaded.folder), tmp_path / "cache")
     remote_ = loader(corpus, "s3://corpora/more", tmp_path / "cache")
     assert remote_.domains == local.domains == ["more", "programs", "prose"]
@@ -84,6 +84,20 @@ def test_batches_are_those_of_the_disk_and_the_cache_outlives_the_server(corpus:
     assert shard.table(0)["id"].to_pylist() == uploaded.shards("train", "more")[0].table(0)["id"].to_pylist()
 
 
+def test_a_corpus_made_anew_is_not_mixed_with_what_is_kept_of_the_one_before(
+    documents: Path, corpus: Corpus, uploaded: Corpus, s3: Any, tmp_path: Path
+) -> None:
+    values = small_data_values(documents, tmp_path / "anew") | {"tokenizer": {"path": str(corpus.folder / "tokenizer/tokenizer.json")}}
+    values["sources"] = [{"kind": "jsonl", "path": str(documents / "programs.jsonl"), "domain": "more"}]
+    anew = prepare(DataConfig.model_validate(values))
+    for made in (uploaded, anew):
+        for path in made.folder.rglob("*"):
+            if path.is_file():
+                s3.pipe(f"corpora/renewed/{path.relative_to(made.folder)}", path.read_bytes())
+        ours, theirs = (loader(corpus, address, tmp_path / "cache") for address in ("s3://corpora/renewed", str(made.folder)))
+        assert epoch_of(ours.readers[0]) == epoch_of(theirs.readers[0])
+
+
 def test_the_cache_is_bounded(corpus: Corpus, uploaded: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_LOOK_EVERY", 2)
     bounded = loader(corpus, "s3://corpora/more", tmp_path / "cache", cache_gigabytes=30e3 / 1e9)
@@ -92,6 +106,12 @@ def test_the_cache_is_bounded(corpus: Corpus, uploaded: Corpus, tmp_path: Path, 
         epoch_of(reader)
     sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.bin")]
     assert 0 < sum(sizes) <= 30e3 + 3 * max(sizes) and len(sizes) < reader.blocks
+    (shard,) = bounded.corpus.shards("train", "more")
+    shard.verify()
+    assert list((tmp_path / "cache").rglob("*.arrow")), "a whole shard is kept too"
+    for _ in range(3):
+        epoch_of(reader)
+    assert not list((tmp_path / "cache").rglob("*.arrow")), "and counts"
 
 
 def test_what_is_not_there_or_cannot_be_fetched_is_told(

@@ -219,6 +219,29 @@ t.train(run.path, prepare(config.data).folder)
         assert part in told
 
 
+def test_a_growth_that_fails_says_so_itself(documents: Path, tmp_path: Path) -> None:
+    """The letter is of what failed, not of what the clearing away met."""
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 6}, growth=[{"at_step": 3, "op": "stack", "factor": 2}])
+    program = f"""
+from regrowth.errors import UserError
+from regrowth.pretrain import train, trainer
+built = trainer.Session
+def small_only(config, corpus, mesh, checkpoint):
+    if checkpoint is not None:
+        raise UserError("the grown model does not fit")
+    return built(config, corpus, mesh, checkpoint)
+trainer.Session = small_only
+from regrowth.data_pipeline.prepare import prepare
+from regrowth.pretrain.config import load_config
+from regrowth.pretrain.run_folder import RunFolder
+config = load_config({str(config)!r})
+run = RunFolder.create(config)
+train.train(run.path, prepare(config.data).folder)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert done.stderr.strip().endswith("UserError: the grown model does not fit"), done.stderr[-2000:]
+
+
 def test_a_profile_says_where_a_step_goes(documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 8}, parallel={"dp_shard": 2, "micro_batch": 4})
     done = regrowth("train", config, "--profile")

@@ -16,6 +16,8 @@ from regrowth.data_pipeline.mixing.replay import replay
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.errors import UserError
 from regrowth.files import write_text
+from regrowth.parallel.ranks import RankError
+from regrowth.pretrain.checkpoint import list_checkpoints
 from regrowth.pretrain.report.mixture import write_mixture
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.settings import to_toml
@@ -60,12 +62,15 @@ def test_a_log_is_recomputed_to_the_last_bit_and_a_changed_one_is_found_out(fini
         assert f"step {step}" in str(replay(copy).first_difference), key
 
 
-@pytest.mark.parametrize("plan", [{"dp_shard": 2, "micro_batch": 2}, {"micro_batch": 8}], ids=["2 ranks", "other micro-batch"])
+FOLLOWERS = [({"dp_shard": 2, "micro_batch": 2}, {}), ({"micro_batch": 8}, {}), ({"micro_batch": 4}, {"prefetch": 4, "update_delay": 1})]
+
+
+@pytest.mark.parametrize(("plan", "loader"), FOLLOWERS, ids=["2 ranks", "other micro-batch", "far ahead"])
 def test_a_run_follows_another_s_decisions_on_any_plan(
-    plan: dict, finished: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks
+    plan: dict, loader: dict, finished: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks
 ) -> None:
     mixing = {"policy": "static", "replay_log": str(finished.path)}  # it would draw otherwise by itself
-    run = go(new_run(corpus, tmp_path, run={"steps": 12}, mixing=mixing, parallel=plan), corpus, ranks)
+    run = go(new_run(corpus, tmp_path, run={"steps": 12}, mixing=mixing, parallel=plan, loader=loader), corpus, ranks)
     for ours, theirs in zip(run.decisions(), finished.decisions(), strict=True):
         assert all(ours[key] == theirs[key] for key in ("draws", "probabilities", "cursors"))
     assert losses(run) == pytest.approx(losses(finished), rel=1e-5)
@@ -74,8 +79,6 @@ def test_a_run_follows_another_s_decisions_on_any_plan(
 
 
 def test_a_log_that_does_not_fit_is_refused_with_the_difference(finished: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
-    from regrowth.parallel.ranks import RankError
-
     mixing = {"policy": "static", "replay_log": str(finished.path)}
     for sections, told in (
         ({"loader": {"seed": 9, "global_batch": 4}}, "seed: 0 there, 9 here; global_batch: 8 there, 4 here"),
@@ -83,6 +86,37 @@ def test_a_log_that_does_not_fit_is_refused_with_the_difference(finished: RunFol
     ):
         with pytest.raises((UserError, RankError), match=told):
             go(new_run(corpus, tmp_path, mixing=mixing, **sections), corpus, ranks)
+
+
+def test_a_policy_learns_from_the_log_it_follows(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    """Left at step 8, it goes on as the run it followed did."""
+    constant = {"schedule": {"decay_fraction": 0.0}}
+    finished = go(new_run(corpus, tmp_path / "followed", run={"steps": 12}, mixing=ODM, **constant), corpus, ranks)
+    mixing = {**ODM, "replay_log": str(finished.path)}
+    run = go(new_run(corpus, tmp_path, run={"steps": 8}, mixing=mixing, loader={"prefetch": 3}, **constant), corpus, ranks)
+    change(run, run={"steps": 12}, mixing=ODM)
+    go(run, corpus, ranks)
+    assert [row["draws"] for row in run.decisions()] == [row["draws"] for row in finished.decisions()]
+    found = replay(run.path)
+    assert (found.steps, found.followed, found.first_difference) == (4, 8, None)
+
+
+def test_a_run_that_reads_all_it_may_keeps_what_it_trained(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    mixing = {"policy": "static", "weights": {"prose": 1.0, "programs": 0.0}, "max_epochs": {"prose": 0.05}}
+    run = new_run(corpus, tmp_path, run={"steps": 500}, mixing=mixing, loader={"prefetch": 3})
+    with pytest.raises(RankError, match=r"every domain that the policy draws has been read"):
+        go(run, corpus, ranks)
+    steps = len(run.rows("metrics"))
+    assert 0 < steps < 500 and steps % 4 and list_checkpoints(run.path)[-1].name == f"step-{steps:06d}"
+
+
+def test_tokens_are_counted_and_not_weighed(documents: Path, tmp_path: Path, ranks: Ranks) -> None:
+    pytest.importorskip("py3langid", reason="needs the curation extra")
+    values = small_data_values(documents, tmp_path) | {"shards": {"block_tokens": 4096, "weight": "language"}}
+    corpus = prepare(DataConfig.model_validate({**values, "transforms": [{"kind": "normalise"}, {"kind": "language"}]}))
+    run = go(new_run(corpus, tmp_path, run={"steps": 2}, parallel={"dp_shard": 2, "micro_batch": 4}), corpus, ranks)
+    for step, row in enumerate(run.rows("metrics")):
+        assert row["tokens"] == sum(d.end - d.begin for d in explain(run.path, corpus, step).documents)
 
 
 def test_a_step_is_explained_by_the_documents_that_were_in_it(finished: RunFolder, corpus: Corpus) -> None:
