@@ -57,6 +57,11 @@ def make_sample_id(domain: int, epoch: int, block: int, sequence: int) -> int:
     return domain << 55 | epoch << 40 | block << 18 | sequence
 
 
+def domain_of(sample_ids: np.ndarray) -> np.ndarray:
+    """int32 [B]: the domains of sample ids int64 [B]."""
+    return (sample_ids >> 55).astype(np.int32)
+
+
 def split_sample_id(sample_id: int) -> tuple[int, int, int, int]:
     """(domain, epoch, block, sequence) of a sample id."""
     return sample_id >> 55, sample_id >> 40 & 0x7FFF, sample_id >> 18 & 0x3FFFFF, sample_id & 0x3FFFF

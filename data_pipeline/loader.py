@@ -4,18 +4,20 @@ The step's sequences are decided globally and the same on every rank; a rank the
 the number of ranks, and the state is one cursor per domain plus the mixer's.
 """
 
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from regrowth.data_pipeline.batch import Batch, split_sample_id
+from regrowth.data_pipeline.batch import Batch, domain_of
 from regrowth.data_pipeline.config import LoaderConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.mixing.build import build_mixer
 from regrowth.data_pipeline.mixing.config import Mixing
 from regrowth.data_pipeline.mixing.decisions import Script
 from regrowth.data_pipeline.mixing.limits import units_left
+from regrowth.data_pipeline.packing import blank
 from regrowth.data_pipeline.reader import Cursor, Damage, DomainReader
 from regrowth.errors import Exhausted, UserError
 
@@ -50,7 +52,7 @@ class Loader:
         ]
         self.cursors = [Cursor() for _ in self.domains]
         self.script = Script.open(mixing.replay_log, self.segment()) if mixing.replay_log else None
-        self._before: dict[int, list[Cursor]] = {}  # the cursors as they were before each step that is not done yet
+        self._before: dict[int, list[list[int]]] = {}  # the cursors as they were before each step that is not done yet
 
     def check_enough(self, step: int) -> None:
         """See before the run begins, at `step`, that neither its data nor the log it follows can end before it does.
@@ -82,10 +84,10 @@ class Loader:
             self.cursors = [Cursor(*row["cursors"][place]) for place in self.script.places]
             back = {theirs: mine for mine, theirs in enumerate(self.script.places)}
             shares = [row["probabilities"][place] for place in self.script.places]
-            self._before[step] = [replace(c) for c in self.cursors]
+            self._before[step] = self._places()
             drawn = self.mixer.follow(step, shares, [back[d] for d in row["draws"]])
         else:
-            self._before[step] = [replace(c) for c in self.cursors]
+            self._before[step] = self._places()
             drawn = self.mixer.draw(step, self._room())
         return [s for domain in drawn for s in self.readers[domain].take(self.cursors[domain], self.config.unit_sequences)]
 
@@ -95,12 +97,11 @@ class Loader:
 
     def observe(self, step: int, losses: dict[int, float]) -> dict[str, Any]:
         """Take the mean loss of each domain of a step; returns the step's row of the decision log."""
-        before = self._before.pop(step)
-        return {**self.mixer.observe(step, losses), "cursors": [astuple(c) for c in before]}
+        return {**self.mixer.observe(step, losses), "cursors": self._before.pop(step)}
 
     def cursors_before(self, step: int) -> list[Cursor]:
         """Where reading stands before a step, whatever was planned ahead."""
-        return [replace(c) for c in self._before.get(step, self.cursors)]
+        return [Cursor(*place) for place in self._before.get(step, self._places())]
 
     def damage(self) -> list[Damage]:
         """Blocks that were skipped since this was asked last."""
@@ -151,12 +152,16 @@ class Loader:
             "tokens": [self.corpus.tokens("train", d) for d in self.domains],
             "budget_tokens": self.budget_tokens,
             "identity": self._identity(),
-            "max_sequences": [None if np.isinf(most) else most for most in self._most().tolist()],
+            "max_sequences": [None if np.isinf(most) else most for most in self._most.tolist()],
         }
 
-    def _room(self) -> np.ndarray | None:
-        return units_left(self._most(), [c.taken for c in self.cursors], self.config.unit_sequences)
+    def _places(self) -> list[list[int]]:
+        return [[c.epoch, c.position, c.offset, c.taken] for c in self.cursors]
 
+    def _room(self) -> np.ndarray | None:
+        return units_left(self._most, [c.taken for c in self.cursors], self.config.unit_sequences)
+
+    @cached_property
     def _most(self) -> np.ndarray:
         """float64 [K]: sequences that may be read of each domain."""
         limits = self.mixer.limits
@@ -183,10 +188,9 @@ def heldout_batches(corpus: Corpus, domain: str, length: int, limit: int | None 
 
 def assemble(readers: list[DomainReader], sample_ids: list[int], length: int) -> Batch:
     """The Batch of these sequences [B], filled in place."""
-    shape = (len(sample_ids), length)
-    tokens, labels, positions, doc_ids = (np.empty(shape, dtype=np.int32) for _ in range(4))
-    columns = (tokens, labels, positions, doc_ids, np.empty(shape, dtype=np.float32))
-    domain = np.array([split_sample_id(s)[0] for s in sample_ids], dtype=np.int32)
+    columns = blank(len(sample_ids), length)
+    ids = np.array(sample_ids, dtype=np.int64)
+    domain = domain_of(ids)
     for sample, index, *rows in zip(sample_ids, domain.tolist(), *columns, strict=True):
         readers[index].fill(sample, tuple(rows))
-    return Batch(*columns, domain, np.array(sample_ids, dtype=np.int64))
+    return Batch(*columns, domain, ids)

@@ -10,17 +10,21 @@ import numpy as np
 
 def key64(*parts: object) -> int:
     """A 64-bit key from any printable parts; the same on every machine and Python version."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(_joined(parts), digest_size=8).digest(), "little")
 
 
-_GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+def _joined(parts: tuple[object, ...]) -> bytes:
+    return "\x1f".join(str(part) for part in parts).encode()
+
+
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _11, _27, _30, _31 = (np.uint64(bits) for bits in (11, 27, 30, 31))
 
 
 def uniforms(count: int, *parts: object) -> np.ndarray:
-    """float64 [count] in [0, 1): number i depends on the parts and on i alone (splitmix64 counted up from their key)."""
-    return (_mixed(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN + np.uint64(key64(*parts))) >> _11) * 2.0**-53
+    """float64 [count] in [0, 1): number i depends on the parts and on i alone, the same on every machine (53 bits of SHAKE-128's output each)."""
+    words = hashlib.shake_128(_joined(parts)).digest(8 * count)
+    return (np.frombuffer(words, dtype="<u8") >> _11) * 2.0**-53
 
 
 def permuted(position: int, count: int, key: int, rounds: int = 6) -> int:

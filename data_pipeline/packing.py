@@ -126,13 +126,17 @@ def _best_fit_bins(sizes: list[int], length: int) -> list[int]:
     return bins
 
 
-_PLACES = np.arange(1 << 16, dtype=np.int32)
+def blank(count: int, length: int) -> tuple[np.ndarray, ...]:
+    """Columns [B, T] of sequences to be filled: tokens, labels, positions, doc_ids, loss_weight, as if each held one whole document."""
+    tokens, labels, positions, doc_ids = (np.empty((count, length), dtype=np.int32) for _ in range(4))
+    positions[:], doc_ids[:] = np.arange(length, dtype=np.int32), 0
+    return tokens, labels, positions, doc_ids, np.ones((count, length), dtype=np.float32)
 
 
 def fill(
     layout: Layout, sequence: int, tokens: np.ndarray, weights: np.ndarray | None, end_of_text: int, out: tuple[np.ndarray, ...]
 ) -> None:
-    """Write one sequence into rows [T] of a batch's arrays: tokens, labels, positions, doc_ids, loss_weight.
+    """Write one sequence into rows [T] of columns that `blank` made.
 
     Args:
         tokens: [n] the block's token ids.
@@ -143,30 +147,28 @@ def fill(
     """
     to_tokens, to_labels, to_positions, to_documents, to_weight = out
     first, last = layout.first[sequence : sequence + 2].tolist()
-    rows = layout.rows[first:last].tolist()
-    pieces = zip(layout.sources[first:last].tolist(), layout.lengths[first:last].tolist(), layout.goes_on[first:last].tolist(), strict=True)
+    sources, lengths, goes_on = (of_pieces[first:last].tolist() for of_pieces in (layout.sources, layout.lengths, layout.goes_on))
     begin, ends = 0, []
-    for number, (source, size, more) in enumerate(pieces):
+    for number, (source, size, more) in enumerate(zip(sources, lengths, goes_on, strict=True)):
         end = begin + size
         to_tokens[begin:end] = tokens[source : source + size]
-        to_positions[begin:end] = _PLACES[:size] if size <= len(_PLACES) else np.arange(size)
-        to_documents[begin:end] = number
+        if number:
+            to_documents[begin:end] = number
+            to_positions[begin:end] -= begin
         if weights is not None:
-            to_weight[begin:end] = weights[rows[number]]
+            to_weight[begin:end] = weights[layout.rows[first + number]]
         ends.append((end - 1, tokens[source + size] if more else end_of_text))
         begin = end
     to_labels[: begin - 1] = to_tokens[1:begin]
     for place, label in ends:
         to_labels[place] = label
-    if weights is None:
-        to_weight[:begin] = 1.0
     if begin < len(to_tokens):
         pad(begin, end_of_text, out)
 
 
 def pad(begin: int, end_of_text: int, out: tuple[np.ndarray, ...]) -> None:
-    """Padding from `begin` on: documents -1, no weight."""
+    """Padding from `begin` on, in rows of columns that `blank` made: documents -1, no weight."""
     to_tokens, to_labels, to_positions, to_documents, to_weight = out
     to_tokens[begin:] = to_labels[begin:] = end_of_text
-    to_positions[begin:] = np.arange(len(to_tokens) - begin)
+    to_positions[begin:] -= begin
     to_documents[begin:], to_weight[begin:] = -1, 0.0

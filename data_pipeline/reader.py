@@ -70,7 +70,7 @@ class DomainReader:
         self._after: dict[tuple[int, int], int] = {}  # the block that follows each of the last ones
         self.opened = lru_cache(maxsize=_LAID_OUT)(self._open_block)
         self.count = lru_cache(maxsize=1 << 12)(self._count)
-        self.order_in = lru_cache(maxsize=_LAID_OUT)(self._order_in)
+        self.ids_in = lru_cache(maxsize=_LAID_OUT)(self._ids_in)
 
     @property
     def blocks(self) -> int:
@@ -94,9 +94,8 @@ class DomainReader:
                     self._after.pop(next(iter(self._after)), None)
             # Neighbours in a block are often cut from one long document: the sequences of a block are permuted too.
             stop = min(cursor.offset + count - len(taken), in_block)
-            chosen = self.order_in(cursor.epoch, block)[cursor.offset : stop].tolist()
-            taken += [make_sample_id(self.index, cursor.epoch, block, sequence) for sequence in chosen]
-            cursor.offset, cursor.taken = stop, cursor.taken + len(chosen)
+            taken += self.ids_in(cursor.epoch, block)[cursor.offset : stop].tolist()
+            cursor.offset, cursor.taken = stop, cursor.taken + stop - cursor.offset
             if cursor.offset == in_block:
                 cursor.offset, cursor.position = 0, cursor.position + 1
                 if cursor.position == self.blocks:
@@ -161,8 +160,10 @@ class DomainReader:
             shard, number = self.place(after)
             shard.ahead(number)
 
-    def _order_in(self, epoch: int, block: int) -> np.ndarray:
-        return permutation(self.count(block), key64(self.seed, "sequences", self.domain, epoch, block))
+    def _ids_in(self, epoch: int, block: int) -> np.ndarray:
+        """int64: the sample ids of a block in the order of an epoch."""
+        order = permutation(self.count(block), key64(self.seed, "sequences", self.domain, epoch, block))
+        return order + (make_sample_id(self.index, epoch, block, len(order) - 1) - (len(order) - 1)) if len(order) else order
 
     def _open_block(self, epoch: int, block: int) -> tuple[Layout, Block] | None:
         """A block and its layout in an epoch; None if it is damaged and skipped."""

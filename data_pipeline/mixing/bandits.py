@@ -23,14 +23,14 @@ class Bandit:
     def __init__(self, initial: np.ndarray, warmup_steps: int, reward: Reward | None = None) -> None:
         self.initial, self.warmup_steps = np.asarray(initial, dtype=np.float64), warmup_steps
         self.reward = reward or Reward("loss", None, len(initial))
-        self.rewards = np.zeros(len(initial))
+        self.rewards = [0.0] * len(initial)
         self.step = 0  # updates so far
 
     def probabilities(self, step: int) -> np.ndarray:
         """float64 [K], summing to 1."""
         if len(self.initial) == 1:
             return np.ones(1)
-        return self.initial if self.step <= self.warmup_steps else self._learnt()
+        return self.initial if self.step <= self.warmup_steps else np.array(self._learnt())
 
     def update(self, losses: dict[int, float], drawn_with: np.ndarray, counts: np.ndarray | None = None) -> None:
         """One step's mean losses by domain, with the probabilities that it was drawn with; `counts` (units drawn) do not matter here."""
@@ -40,17 +40,17 @@ class Bandit:
 
     def rewards_now(self) -> list[float] | None:
         """float [K]: what the next mixture is made of."""
-        return self.rewards.tolist()
+        return list(self.rewards)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; floats survive exactly."""
-        return {"rewards": self.rewards.tolist(), "means": list(self.reward.means), "step": self.step}
+        return {"rewards": list(self.rewards), "means": list(self.reward.means), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.rewards, self.step, self.reward.means = np.array(state["rewards"]), int(state["step"]), list(state["means"])
+        self.rewards, self.step, self.reward.means = list(state["rewards"]), int(state["step"]), list(state["means"])
 
-    def _learnt(self) -> np.ndarray:
+    def _learnt(self) -> list[float]:
         raise NotImplementedError
 
     def _learn(self, paid: dict[int, float], drawn_with: np.ndarray) -> None:
@@ -78,26 +78,25 @@ class OnlineDataMixing(Bandit):
         k = len(self.initial)
         return 1.0 / k if t <= 0 else min(1.0 / k, math.sqrt(math.log(k) / (k * t)))
 
-    def _learnt(self) -> np.ndarray:
+    def _learnt(self) -> list[float]:
         k, eps = len(self.initial), self.epsilon(self.step)
         if self.form == "paper":
-            scores = self.epsilon(self.step - 1) * self.rewards
-            weights = np.exp(scores - np.maximum.reduce(scores))
+            weights = _softmax(self.rewards, self.epsilon(self.step - 1))
         else:
-            weights = self.rewards if self.rewards.sum() > 0 else np.ones(k)
-        return weights * ((1.0 - k * eps) / np.add.reduce(weights)) + eps
+            total = math.fsum(self.rewards)
+            weights = [reward / total for reward in self.rewards] if total > 0 else [1.0 / k] * k
+        return [(1.0 - k * eps) * weight + eps for weight in weights]
 
     def _learn(self, paid: dict[int, float], drawn_with: np.ndarray) -> None:
         if self.step <= self.warmup_steps and self.initial_reward == "zero":
             return
-        rewards, shares = self.rewards.tolist(), drawn_with.tolist()  # plain floats: single entries of arrays are slow
+        rewards, shares = self.rewards, drawn_with.tolist()
         for domain, loss in paid.items():
             reward = loss / shares[domain] if self.form == "paper" else math.exp(min(loss, _LARGEST_EXPONENT))
             if self.initial_reward == "first_loss" and not self.seen[domain]:
                 rewards[domain], self.seen[domain] = reward, True
             else:
                 rewards[domain] = self.alpha * rewards[domain] + (1.0 - self.alpha) * reward
-        self.rewards = np.array(rewards)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; floats survive exactly."""
@@ -119,16 +118,15 @@ class Exp3(Bandit):
         super().__init__(initial, warmup_steps, reward)
         self.gamma, (self.low, self.high) = gamma, reward_range
 
-    def _learnt(self) -> np.ndarray:
-        weights = np.exp(self.rewards - self.rewards.max())
-        return (1.0 - self.gamma) * weights / weights.sum() + self.gamma / len(weights)
+    def _learnt(self) -> list[float]:
+        return [(1.0 - self.gamma) * weight + self.gamma / len(self.rewards) for weight in _softmax(self.rewards)]
 
     def _learn(self, paid: dict[int, float], drawn_with: np.ndarray) -> None:
         if self.step <= self.warmup_steps:
             return
         for domain, value in paid.items():
             scaled = min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
-            self.rewards[domain] += self.gamma * scaled / (drawn_with[domain] * len(self.initial))
+            self.rewards[domain] += self.gamma * scaled / (float(drawn_with[domain]) * len(self.initial))
 
 
 class DoReMi(Bandit):
@@ -141,15 +139,24 @@ class DoReMi(Bandit):
     def __init__(self, initial: np.ndarray, step_size: float, smoothing: float, warmup_steps: int, reward: Reward | None = None) -> None:
         super().__init__(initial, warmup_steps, reward)
         self.step_size, self.smoothing = step_size, smoothing
-        self.rewards = np.log(np.maximum(self.initial, 1e-12))
+        self.rewards = [math.log(max(float(share), 1e-12)) for share in self.initial]
 
-    def _learnt(self) -> np.ndarray:
-        weights = np.exp(self.rewards - self.rewards.max())
-        return weights / weights.sum()
+    def _learnt(self) -> list[float]:
+        return _softmax(self.rewards)
 
     def _learn(self, paid: dict[int, float], drawn_with: np.ndarray) -> None:
         if self.step <= self.warmup_steps:
             return
         for domain, value in paid.items():
             self.rewards[domain] += self.step_size * value
-        self.rewards = np.log((1.0 - self.smoothing) * self._learnt() + self.smoothing / len(self.rewards))
+        even = self.smoothing / len(self.rewards)
+        self.rewards = [math.log((1.0 - self.smoothing) * weight + even) for weight in self._learnt()]
+
+
+def _softmax(scores: list[float], factor: float = 1.0) -> list[float]:
+    """exp(factor * score), normalised. In plain floats: at this size twice as fast as arrays, and NumPy's exp differs in the last bit between CPUs, which
+    a log that is recomputed elsewhere would show."""
+    highest = max(scores)
+    weights = [math.exp(factor * (score - highest)) for score in scores]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]

@@ -6,6 +6,8 @@ The draw of step s sees the losses up to step s - update_delay, no more and no f
 """
 
 import math
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -60,16 +62,16 @@ class Mixer:
         """
         self._learn_until(step - self.update_delay)
         probabilities = self._bounded(self.policy.probabilities(step), room, step)
-        chances = uniforms(self.units, self.seed, "mixing", step)
+        shares, chances = probabilities.tolist(), uniforms(self.units, self.seed, "mixing", step).tolist()
         if room is None or (room >= self.units).all():
-            drawn = _pick(probabilities, chances)
+            drawn = _pick(shares, chances)
         else:  # a domain may end within the step
-            left, drawn = room.copy(), np.zeros(self.units, dtype=np.int64)
-            for unit in range(self.units):
-                drawn[unit] = _pick(self._bounded(probabilities, left, step), chances[unit : unit + 1])[0]
-                left[drawn[unit]] -= 1
-        self._pend(step, probabilities.tolist(), drawn.tolist())
-        return drawn
+            left, drawn = room.copy(), []
+            for chance in chances:
+                drawn += _pick(self._bounded(probabilities, left, step).tolist(), [chance])
+                left[drawn[-1]] -= 1
+        self._pend(step, shares, drawn)
+        return np.array(drawn)
 
     def follow(self, step: int, probabilities: list[float], drawn: list[int]) -> np.ndarray:
         """Take a step's draws from another run's log. The policy learns from them meanwhile, for when the log is left."""
@@ -134,9 +136,9 @@ class Mixer:
         self.pending.append({"step": step, "probabilities": probabilities, "draws": drawn, "losses": None, "rewards": rewards})
 
 
-def _pick(probabilities: np.ndarray, chances: np.ndarray) -> np.ndarray:
-    edges = np.cumsum(probabilities)
-    return np.minimum(edges.searchsorted(chances * edges[-1], side="right"), len(edges) - 1)
+def _pick(shares: list[float], chances: list[float]) -> list[int]:
+    edges = list(accumulate(shares))
+    return [bisect_right(edges, chance * edges[-1], hi=len(edges) - 1) for chance in chances]
 
 
 def _kind(policy: Policy) -> str:

@@ -56,9 +56,9 @@ def test_odm_is_uniform_until_k_ln_k_steps() -> None:
 def test_odm_starts_from_the_first_loss_where_asked_and_survives_nan_and_one_domain() -> None:
     odm = OnlineDataMixing(np.array([0.5, 0.5]), "paper", 0.9, 2, "first_loss")
     odm.update({0: 3.0, 1: math.nan}, odm.probabilities(0))
-    assert odm.rewards.tolist() == [6.0, 0.0]
+    assert odm.rewards == [6.0, 0.0]
     odm.update({1: 4.0, 0: math.inf}, odm.probabilities(0))
-    assert odm.rewards.tolist() == [6.0, 8.0]
+    assert odm.rewards == [6.0, 8.0]
     alone = OnlineDataMixing(np.ones(1), "paper", 0.9, 0, "zero")
     alone.update({0: 3.0}, alone.probabilities(0))
     assert alone.probabilities(0).tolist() == [1.0]

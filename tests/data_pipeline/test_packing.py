@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrowth.data_pipeline.batch import Batch
-from regrowth.data_pipeline.packing import count_sequences, fill, lay_out, sequences_in
+from regrowth.data_pipeline.packing import blank, count_sequences, fill, lay_out, sequences_in
 
 END = 0
 
@@ -27,8 +27,8 @@ def pack(packing: str, documents: list[list[int]], length: int, key: int, weight
     tokens = np.array([t for d in documents for t in d], dtype=np.uint16)
     layout = lay_out(packing, np.cumsum([0, *map(len, documents)]), length, key)
     count = len(layout.first) - 1
-    tokens_BT, labels, positions, doc_ids = (np.full((count, length), -7, dtype=np.int32) for _ in range(4))
-    columns = (tokens_BT, labels, positions, doc_ids, np.full((count, length), np.nan, dtype=np.float32))
+    columns = blank(count, length)
+    columns[0][:] = columns[1][:] = -7  # what `blank` leaves open
     for sequence in range(count):
         fill(layout, sequence, tokens, weights, END, tuple(column[sequence] for column in columns))
     return Batch(*columns, np.zeros(count, np.int32), np.zeros(count, np.int64))

@@ -102,7 +102,7 @@ def test_a_policy_learns_from_the_log_it_follows(corpus: Corpus, tmp_path: Path,
 
 
 def test_a_run_that_reads_all_it_may_keeps_what_it_trained(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
-    mixing = {"policy": "static", "weights": {"prose": 1.0, "programs": 0.0}, "max_epochs": {"prose": 0.05}}
+    mixing = {"policy": "static", "weights": {"prose": 1.0, "programs": 0.0}, "max_epochs": {"prose": 0.08}}
     run = new_run(corpus, tmp_path, run={"steps": 500}, mixing=mixing, loader={"prefetch": 3})
     with pytest.raises(RankError, match=r"every domain that the policy draws has been read"):
         go(run, corpus, ranks)
