@@ -16,6 +16,7 @@ from regrowth.data_pipeline.shards import Block, DamagedShard, Shard
 
 _OPEN_SHARDS = 64  # of a domain
 _LAID_OUT = 4  # blocks of a domain
+_AHEAD = 2  # blocks that are fetched while one is read: a shard's last block may be a short one
 
 
 @dataclass
@@ -67,7 +68,7 @@ class DomainReader:
         blocks = [row["blocks"] if "blocks" in row else len(self.shard(i).index.blocks) for i, row in enumerate(self.rows)]
         self.first_block = [0, *accumulate(blocks)]
         self.damaged: list[Damage] = []
-        self._after: dict[tuple[int, int], int] = {}  # the block that follows each of the last ones
+        self._after: dict[tuple[int, int], list[int]] = {}  # the blocks that follow each of the last ones
         self.opened = lru_cache(maxsize=_LAID_OUT)(self._open_block)
         self.count = lru_cache(maxsize=1 << 12)(self._count)
         self.ids_in = lru_cache(maxsize=_LAID_OUT)(self._ids_in)
@@ -88,8 +89,9 @@ class DomainReader:
         while len(taken) < count:
             block = self.block_at(cursor.epoch, cursor.position)
             in_block = self.count(block)
-            if cursor.offset == 0 and cursor.position + 1 < self.blocks:
-                self._after[cursor.epoch, block] = self.block_at(cursor.epoch, cursor.position + 1)
+            if cursor.offset == 0:
+                behind = range(cursor.position + 1, min(cursor.position + 1 + _AHEAD, self.blocks))
+                self._after[cursor.epoch, block] = [self.block_at(cursor.epoch, position) for position in behind]
                 if len(self._after) > 2 * _LAID_OUT:
                     self._after.pop(next(iter(self._after)), None)
             # Neighbours in a block are often cut from one long document: the sequences of a block are permuted too.
@@ -155,8 +157,8 @@ class DomainReader:
         return count_sequences(self.packing, shard.block(number)[1], self.length)
 
     def _look_ahead(self, epoch: int, block: int) -> None:
-        """A block is being opened: the one behind it will be wanted next."""
-        if (after := self._after.get((epoch, block))) is not None:
+        """A block is being opened: those behind it will be wanted next."""
+        for after in self._after.get((epoch, block), ()):
             shard, number = self.place(after)
             shard.ahead(number)
 

@@ -1,7 +1,7 @@
 """A corpus at an address (s3://, gs://, ...): its blocks are fetched when they are first read, and kept in a cache on this machine.
 
 One request fetches one block of a shard; its hash is checked before it is kept. Processes of a machine share the cache, and a block is fetched by one of
-them. While a block is read, the next one of its domain is fetched in a thread.
+them. While a block is read, the next two of its domain are fetched in threads.
 """
 
 import hashlib
@@ -159,16 +159,6 @@ class RemoteShard(Shard):
     def _whole_file(self) -> Path:
         self.cache.make_room()
         return self.cache.whole(self.name)
-
-    def _span(self, number: int) -> tuple[int, int]:
-        """The bytes of the shard that hold a block's tokens, row offsets and weights."""
-        block = self.index.blocks[number]
-        parts = [(block.row_offsets_offset, 8 * (block.rows + 1))]
-        if block.tokens:
-            parts.append((block.values_offset, block.tokens * self.index.token_bytes))
-        if block.weights_offset >= 0:
-            parts.append((block.weights_offset, 4 * block.rows))
-        return min(at for at, _ in parts), max(at + size for at, size in parts)
 
     def _fetch(self, number: int, begin: int, end: int) -> np.ndarray:
         self.blocks.mkdir(parents=True, exist_ok=True)
