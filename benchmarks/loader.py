@@ -210,7 +210,7 @@ def peers(corpus: Corpus, folder: Path) -> dict[str, Callable[[], Iterator[np.nd
 
         from regrowth.data_pipeline.sources.megatron import write_indexed
 
-        write_indexed(folder / "indexed", iter(blocks), -1, 50_000)
+        write_indexed(folder / "indexed", iter(blocks), 0, 50_000)
         found["megatron IndexedDataset, random documents"] = indexed
     except ImportError:
         pass

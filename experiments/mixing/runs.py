@@ -1,7 +1,8 @@
 """Policies on real text: runs of about 1M parameters and 2M tokens on the twelve domains of the shared data, with paired seeds.
 
 A seed fixes the initial weights and the order of every domain's sequences; policies differ in nothing but the draws. Every run is a run of the
-trainer, in its own folder below `--out`: stop the program whenever you like, it goes on with what is not done. `--table` prints what there is.
+trainer, in its own folder below `--out`, one core each: stop the program whenever you like, it goes on with what is not done. `--table` prints what
+there is. UniMax is not run: 2M tokens are not one epoch of any of these domains, so that its cap holds nothing and it is the uniform mixture.
 
     python experiments/mixing/runs.py --out mixing_runs --seeds 5
     python experiments/mixing/runs.py --out mixing_runs --table
@@ -11,13 +12,18 @@ import argparse
 import itertools
 import math
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from regrowth.data_pipeline.prepare import prepare
 from regrowth.launch.training import run_training
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -28,23 +34,24 @@ STEPS, EVERY = 250, 25
 POLICIES: dict[str, dict[str, Any]] = {
     "natural": {"policy": "static", "weights": "natural"},
     "uniform": {"policy": "static", "weights": "uniform"},
-    "unimax": {"policy": "unimax", "epochs": 4.0},
     "odm": {"policy": "odm", "initial": "natural", "warmup_steps": 25},
     "ado": {"policy": "ado", "initial": "natural", "warmup_steps": 50, "refit_every": 25, "ignore_steps": 10},
+    "odm-decrease": {"policy": "odm", "initial": "natural", "warmup_steps": 25, "reward": "decrease"},
 }
+STATIC = ("natural", "uniform")
 
 
-def config(out: Path, policy: str, seed: int, megabytes: float) -> RunConfig:
+def config(out: Path, policy: str, seed: int) -> RunConfig:
     """The run of a policy and a seed: 0.9M parameters besides the embedding's, 250 steps of 8,192 tokens."""
     values = {
-        "run": {"name": f"{policy}-{seed}", "folder": str(out / "runs"), "steps": STEPS, "seed": seed},
+        "run": {"name": f"{policy}-{seed}", "folder": str(out / "runs"), "steps": STEPS, "seed": seed, "threads": 1},
         "data": {
             "out": str(out / "prepared"),
             "name": "twelve",
-            "sources": [{"kind": "jsonl", "path": str(DATA / "corpora"), "max_megabytes": megabytes}],
+            "sources": [{"kind": "jsonl", "path": str(DATA / "corpora")}],
             "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
             "shards": {"block_tokens": 1 << 15},
-            "heldout_fraction": 0.05,
+            "heldout_fraction": 0.08,
         },
         "loader": {"sequence_length": 256, "global_batch": 32, "unit_sequences": 2, "seed": seed},
         "mixing": POLICIES[policy],
@@ -63,14 +70,29 @@ def runs(out: Path, policy: str, seed: int) -> list[RunFolder]:
     return [run for run in found if run.path.name.split("_", 1)[1].split("_")[0] == f"{policy}-{seed}"]
 
 
-def train_all(out: Path, seeds: int, megabytes: float) -> None:
-    """What is not finished, seed by seed, so that every policy has as many."""
-    console = Console()
-    for seed in range(seeds):
-        for policy in POLICIES:
-            there = runs(out, policy, seed)
-            if not any(run.finished for run in there):
-                run_training(config(out, policy, seed, megabytes), console, there[-1] if there else None)
+def train(out: Path, policy: str, seed: int) -> None:
+    """One run, from where it stands."""
+    there = runs(out, policy, seed)
+    run_training(config(out, policy, seed), Console(), there[-1] if there else None)
+
+
+def train_all(out: Path, seeds: int, at_once: int) -> None:
+    """What is not finished, seed by seed, so that every policy has as many; each in a process of its own, which writes to a log."""
+    wanted = [(policy, seed) for seed in range(seeds) for policy in POLICIES if not any(run.finished for run in runs(out, policy, seed))]
+    if not wanted:
+        return
+    prepare(config(out, *wanted[0]).data)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+
+    def one(which: tuple[str, int]) -> int:
+        command = [sys.executable, __file__, "--out", str(out), "--run", which[0], str(which[1])]
+        with (out / "logs" / f"{which[0]}-{which[1]}.log").open("a") as log:
+            return subprocess.run(command, stdout=log, stderr=log).returncode
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for which, code in zip(wanted, track(pool.map(one, wanted), "runs", len(wanted)), strict=True):
+            if code:
+                print(f"{which[0]}, seed {which[1]}: ended with exit code {code}; see {out / 'logs'}")
 
 
 def scores(out: Path, policy: str, seed: int) -> dict[int, dict[str, float]] | None:
@@ -114,7 +136,7 @@ def show(out: Path, seeds: int) -> None:
         return
     curves = {policy: [curve for seed in paired if (curve := found[policy][seed])] for policy in POLICIES}
     final = {policy: [max(curve.items())[1] for curve in curves[policy]] for policy in POLICIES}
-    best = min(("natural", "uniform", "unimax"), key=lambda policy: float(np.mean([macro(losses) for losses in final[policy]])))
+    best = min(STATIC, key=lambda policy: float(np.mean([macro(losses) for losses in final[policy]])))
     table = Table(
         "policy",
         "macro loss",
@@ -144,14 +166,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("mixing_runs"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--megabytes", type=float, default=3.0, help="of text of each domain at most")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--run", nargs=2, metavar=("POLICY", "SEED"), help="train only this one")
     arguments = parser.parse_args()
     if not DATA.exists():
         print(f"skipped: needs the shared data in {DATA}")
         return
+    if arguments.run:
+        train(arguments.out, arguments.run[0], int(arguments.run[1]))
+        return
     if not arguments.table:
-        train_all(arguments.out, arguments.seeds, arguments.megabytes)
+        train_all(arguments.out, arguments.seeds, arguments.at_once)
     show(arguments.out, arguments.seeds)
 
 
