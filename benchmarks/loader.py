@@ -10,6 +10,7 @@ installed, Mosaic's streaming and litdata. Every loop sums what it reads, so tha
 import argparse
 import itertools
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -244,6 +245,22 @@ def start_up(folder: Path, shards: int) -> float:
     return time.perf_counter() - began
 
 
+def own_memory() -> float:
+    """MiB of this process that are not pages of files (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def growth_of_memory(corpus: Corpus) -> float:
+    """MiB that reading a whole epoch adds to what the first block took."""
+    stream, read = ours(corpus, "chunk", LENGTH), 0
+    next(stream)
+    before = own_memory()
+    while read < corpus.tokens("train", "web"):
+        read += next(stream).size
+    return own_memory() - before
+
+
 def draw_and_update(domains: int = 22, units: int = 16, steps: int = 2000) -> float:
     """Microseconds of a step's draw and update with ODM: the best of five medians, because whatever else the machine does only adds."""
     return min(_median_of_steps(domains, units, steps) for _ in range(5))
@@ -294,6 +311,8 @@ def main() -> None:
             places = sum(count_sequences("best_fit", o, length) for o in sizes) * length
             costs.add_row(f"padding of best_fit, length {length}", f"{1 - used / places:.2%}", "")
         costs.add_row(f"first batch of {shards:,} shards", f"{start_up(folder, shards):.2f} s", "2 s")
+        if sys.platform == "linux":
+            costs.add_row(f"memory that an epoch of {megatokens}M tokens adds", f"{growth_of_memory(corpus):.1f} MiB", "8 MiB")
         costs.add_row("ODM, 22 domains, 16 units: draw and update", f"{draw_and_update():.0f} µs", "50 µs")
         console.print(costs)
 

@@ -96,6 +96,7 @@ class LengthStage(Settings):
 class LoaderConfig(Settings):
     """Which sequences make a step, independent of the number of ranks. Length, unit, packing and seed are constants of a run."""
 
+    corpus: str | None = None  # the run's own corpus if it is finished already, a folder or an address; None: it is prepared from [data]
     corpora: list[str] = []  # finished corpora besides the run's own, folders or addresses, of the same tokenizer; their domains join
     cache: Path | None = None  # where blocks of corpora at addresses are kept; None: in the user's cache folder
     cache_gigabytes: Annotated[float, Field(gt=0)] = 100.0

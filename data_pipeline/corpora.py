@@ -9,22 +9,22 @@ from regrowth.data_pipeline.sources.paths import is_remote
 from regrowth.errors import UserError
 
 
-def open_corpora(folder: Path, loader: LoaderConfig) -> Corpus:
-    """The corpus in `folder`, with the domains of `loader.corpora` beside its own.
+def open_corpora(place: str | Path, loader: LoaderConfig) -> Corpus:
+    """The corpus in a folder or at an address, with the domains of `loader.corpora` beside its own.
 
     Raises:
         UserError: one is not finished, has another tokenizer, or a domain of the same name.
+        RunFailed: an address does not answer.
     """
-    corpus = Corpus.open(folder)
+    corpus = _open(str(place), loader)
     if not loader.corpora:
         return corpus
     splits = {split: dict(corpus.manifest["splits"][split]) for split in SPLITS}
-    owner = dict.fromkeys(corpus.domains, str(corpus.folder))
+    owner = dict.fromkeys(corpus.domains, str(place))
     for path in loader.corpora:
-        remote = is_remote(path)
-        other = open_remote(path, cache_root(loader.cache), loader.cache_gigabytes * 1e9) if remote else Corpus.open(Path(path))
+        remote, other = is_remote(path), _open(path, loader)
         if other.tokenizer.hash != corpus.tokenizer.hash:
-            raise UserError(f"loader.corpora: {path} was made with another tokenizer than {folder}. Prepare it with data.tokenizer.path = "
+            raise UserError(f"loader.corpora: {path} was made with another tokenizer than {place}. Prepare it with data.tokenizer.path = "
                             f"{corpus.folder / 'tokenizer'}.")  # fmt: skip
         for domain in other.domains:
             if domain in owner:
@@ -35,3 +35,9 @@ def open_corpora(folder: Path, loader: LoaderConfig) -> Corpus:
             for domain, rows in other.manifest["splits"][split].items():
                 splits[split][domain] = rows if remote else [{**row, "path": str((Path(path) / row["path"]).resolve())} for row in rows]
     return Corpus(corpus.folder, {**corpus.manifest, "splits": splits})
+
+
+def _open(place: str, loader: LoaderConfig) -> Corpus:
+    if is_remote(place):
+        return open_remote(place, cache_root(loader.cache), loader.cache_gigabytes * 1e9)
+    return Corpus.open(Path(place))

@@ -126,7 +126,7 @@ def _best_fit_bins(sizes: list[int], length: int) -> list[int]:
     return bins
 
 
-def blank(count: int, length: int) -> tuple[np.ndarray, ...]:
+def blank(count: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Columns [B, T] of sequences to be filled: tokens, labels, positions, doc_ids, loss_weight, as if each held one whole document."""
     tokens, labels, positions, doc_ids = (np.empty((count, length), dtype=np.int32) for _ in range(4))
     positions[:], doc_ids[:] = np.arange(length, dtype=np.int32), 0

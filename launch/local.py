@@ -27,7 +27,7 @@ class WorkerFailed(RunFailed):
         self.exit_code = exit_code
 
 
-def run_local(folder: Path, corpus: Path, ranks: int, watch: Callable[[bool], None] | None = None) -> None:
+def run_local(folder: Path, corpus: str, ranks: int, watch: Callable[[bool], None] | None = None) -> None:
     """Run all ranks of the run in `folder` to their end.
 
     Args:
@@ -69,7 +69,7 @@ def run_local(folder: Path, corpus: Path, ranks: int, watch: Callable[[bool], No
         _end(workers, grace=0.0)
 
 
-def _start(folder: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+def _start(folder: Path, corpus: str, ranks: int) -> list[subprocess.Popen[bytes]]:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     port = _free_port()
@@ -88,7 +88,7 @@ def _start(folder: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[byte
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         with (logs / f"rank-{rank}.log").open("ab") as log:
-            command = [sys.executable, "-u", "-m", "regrowth.pretrain.worker", str(folder), str(corpus)]
+            command = [sys.executable, "-u", "-m", "regrowth.pretrain.worker", str(folder), corpus]
             workers.append(
                 subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             )

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from regrowth.files import write_json
-from regrowth.launch.data import prepare_with_progress, print_corpus
-from regrowth.launch.training import make_report, run_training
+from regrowth.launch.data import print_corpus
+from regrowth.launch.training import make_report, own_corpus, run_training
 
 if TYPE_CHECKING:
     from regrowth.pretrain.run_folder import RunFolder
@@ -20,6 +20,7 @@ PROMPT = "def main():"
 
 def quickstart(overrides: list[str], dry_run: bool) -> None:
     """Prepare, train, grow, export, sample, report. A run that was stopped is gone on with."""
+    from regrowth.data_pipeline.corpora import open_corpora
     from regrowth.pretrain.config import load_config
     from regrowth.pretrain.run_folder import unfinished_run
 
@@ -35,8 +36,7 @@ def quickstart(overrides: list[str], dry_run: bool) -> None:
     if run:
         console.print(f"Going on with {run.path}, which was stopped before its end.", soft_wrap=True)
     else:
-        corpus = prepare_with_progress(config.data, console)
-        print_corpus(corpus, console)
+        print_corpus(open_corpora(own_corpus(config, console), config.loader), console)
     run = run_training(config, console, run)
     _export(run, console)
     _sample(run, console)
@@ -50,15 +50,14 @@ def quickstart(overrides: list[str], dry_run: bool) -> None:
 
 
 def _export(run: "RunFolder", console: Console) -> None:
-    from regrowth.data_pipeline.corpus import Corpus
-    from regrowth.launch.training import corpus_of
+    from regrowth.launch.training import corpora_of
     from regrowth.pretrain.checkpoint import newest_whole
     from regrowth.pretrain.convert import export_hf
 
     out, (checkpoint, _) = run.path / "export" / "hf", newest_whole(run.path)
     assert checkpoint is not None
     if not out.exists():
-        export_hf(checkpoint, out, Corpus.open(corpus_of(run)).tokenizer, run.config().loader.sequence_length)
+        export_hf(checkpoint, out, corpora_of(run).tokenizer, run.config().loader.sequence_length)
     console.print(f"[bold]exported[/bold] {checkpoint.name} to {out}", soft_wrap=True)
 
 

@@ -9,32 +9,42 @@ from rich.table import Table
 from regrowth.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from regrowth.data_pipeline.config import DataConfig
     from regrowth.pretrain.config import RunConfig
 
 
 def show_dry_run(config: "RunConfig") -> None:
     """The resolved config, the plan, the predicted memory and the data that would be read."""
-    from regrowth.data_pipeline.pipeline import Pipeline
     from regrowth.settings import to_toml
 
     console = Console()
     console.print(to_toml(config), markup=False, highlight=False, soft_wrap=True)
     console.rule("data")
-    plan = Pipeline.plan_of(config.data)
-    for number, item in plan.items:
-        more = f" and {len(item.paths) - 1} more" if len(item.paths) > 1 else ""
-        console.print(
-            f"{config.data.sources[number].kind:<10} {item.size / 1e6:8.2f} MB  {next(iter(item.paths))}{more}",
-            soft_wrap=True,
-            highlight=False,
-        )
-    console.print(f"corpus {plan.root} ({'ready' if plan.finished else 'to be prepared'})", soft_wrap=True)
+    if config.data and not config.loader.corpus:
+        _print_sources(config.data, console)
+    for place in (config.loader.corpus, *config.loader.corpora):
+        if place:
+            console.print(f"corpus {place}", soft_wrap=True)
     console.rule("plan")
     _print_plan(config, "laptop" if config.run.dtype == "float32" else "h100_node", console)
     tokens = config.run.steps * config.loader.global_batch * config.loader.sequence_length
     console.print(
         f"{config.run.steps:,} steps of {config.loader.global_batch} x {config.loader.sequence_length} tokens: {tokens:,} tokens. Nothing was started."
     )
+
+
+def _print_sources(config: "DataConfig", console: Console) -> None:
+    from regrowth.data_pipeline.pipeline import Pipeline
+
+    plan = Pipeline.plan_of(config)
+    for number, item in plan.items:
+        more = f" and {len(item.paths) - 1} more" if len(item.paths) > 1 else ""
+        console.print(
+            f"{config.sources[number].kind:<10} {item.size / 1e6:8.2f} MB  {next(iter(item.paths))}{more}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(f"corpus {plan.root} ({'ready' if plan.finished else 'to be prepared'})", soft_wrap=True)
 
 
 def show_plan(name: str, overrides: list[str], cluster: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from regrowth.errors import UserError
+from regrowth.errors import RegrowthError, UserError
 from regrowth.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -56,30 +56,48 @@ def _next_step(run: Path | None) -> int:
 
 def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" = None) -> "RunFolder":
     """Prepare the data, start the plan's ranks here, watch them to the end. Returns the run's folder."""
-    from regrowth.launch.data import prepare_with_progress
     from regrowth.launch.local import run_local
     from regrowth.launch.watch import Watch
     from regrowth.pretrain.run_folder import RunFolder
 
-    corpus = corpus_of(run) if run else prepare_with_progress(config.data, console).folder
+    place = corpus_of(run) if run else own_corpus(config, console)
     if run is None:
         run = RunFolder.create(config)
-        write_json(run.path / "data.json", {"corpus": str(corpus.resolve())})
+        write_json(run.path / "data.json", {"corpus": place})
     if run.finished:
         console.print(f"{run.path}: finished already.")
         return run
     console.print(f"[bold]run[/bold] {run.path}", soft_wrap=True)
-    _note_spare_vocabulary(config, corpus, console)
+    _note_spare_vocabulary(config, place, console)
     watch = Watch(run.path, config.run.steps, console)
     try:
-        run_local(run.path, corpus, config.parallel.world_size, watch)
+        run_local(run.path, place, config.parallel.world_size, watch)
     finally:
         watch.close()
     return run
 
 
-def _note_spare_vocabulary(config: "RunConfig", corpus: Path, console: Console) -> None:
-    tokenizer = read_json(corpus / "corpus.json")["tokenizer"]["vocabulary"]
+def own_corpus(config: "RunConfig", console: Console) -> str:
+    """The folder or address of the corpus that a new run reads: the one that is named, or the one of its [data], prepared if it is not yet.
+
+    Raises:
+        UserError: there is none there, or it cannot be prepared.
+    """
+    from regrowth.data_pipeline.corpora import open_corpora
+    from regrowth.data_pipeline.sources.paths import is_remote
+    from regrowth.launch.data import prepare_with_progress
+
+    if place := config.loader.corpus:
+        open_corpora(place, config.loader)
+        return place if is_remote(place) else str(Path(place).resolve())
+    assert config.data is not None
+    return str(prepare_with_progress(config.data, console).folder.resolve())
+
+
+def _note_spare_vocabulary(config: "RunConfig", place: str, console: Console) -> None:
+    from regrowth.data_pipeline.corpora import open_corpora
+
+    tokenizer = open_corpora(place, config.loader).manifest["tokenizer"]["vocabulary"]
     if config.model.vocabulary > tokenizer:
         console.print(
             f"note: model.vocabulary = {config.model.vocabulary}, the tokenizer has {tokenizer} ids: the other rows are never trained and never "
@@ -91,18 +109,17 @@ def _note_spare_vocabulary(config: "RunConfig", corpus: Path, console: Console) 
 
 def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
     """Started by torchrun: rank 0 prepares data and folder, then all train."""
-    from regrowth.data_pipeline.prepare import prepare
     from regrowth.parallel.agree import on_first_rank
     from regrowth.parallel.mesh import choose_device, process_group
     from regrowth.pretrain.run_folder import RunFolder
     from regrowth.pretrain.train import train as train_rank
 
-    def set_up() -> tuple[Path, Path]:
-        corpus = corpus_of(run) if run else prepare(config.data).folder
+    def set_up() -> tuple[Path, str]:
+        place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
         folder = run or RunFolder.create(config)
         if run is None:
-            write_json(folder.path / "data.json", {"corpus": str(corpus.resolve())})
-        return folder.path, corpus
+            write_json(folder.path / "data.json", {"corpus": place})
+        return folder.path, place
 
     try:
         config.parallel.check_world(int(os.environ["WORLD_SIZE"]))
@@ -110,22 +127,24 @@ def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
         raise UserError(f"{error}.") from error
     # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
     with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
-        folder, corpus = on_first_rank(set_up)
-        train_rank(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        folder, place = on_first_rank(set_up)
+        train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def corpus_of(run: "RunFolder") -> Path:
-    """The corpus that a run reads.
+def corpus_of(run: "RunFolder") -> str:
+    """The folder or address of the corpus that a run reads.
 
     Raises:
         UserError: it is not where it was.
     """
-    folder = Path(read_json(run.path / "data.json")["corpus"])
-    if not (folder / "corpus.json").exists():
+    from regrowth.data_pipeline.sources.paths import is_remote
+
+    place = str(read_json(run.path / "data.json")["corpus"])
+    if not is_remote(place) and not (Path(place) / "corpus.json").exists():
         raise UserError(
-            f"{run.path}: its corpus {folder} is gone. Prepare it again (regrowth data prepare {run.path}/config.toml) or put it back."
+            f"{run.path}: its corpus {place} is gone. Prepare it again (regrowth data prepare {run.path}/config.toml) or put it back."
         )
-    return folder
+    return place
 
 
 def corpora_of(run: "RunFolder") -> "Corpus":
@@ -145,7 +164,7 @@ def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     before = run.config()
     fixed = [name for name in ("model", "data") if getattr(before, name) != getattr(config, name)]
     # What a sequence is and in which order they come is settled; which domains they come from, and how many a step takes, is not.
-    order = ("sequence_length", "unit_sequences", "packing", "seed")
+    order = ("corpus", "sequence_length", "unit_sequences", "packing", "seed")
     fixed += [f"loader.{key}" for key in order if getattr(before.loader, key) != getattr(config.loader, key)]
     if fixed:
         raise UserError(f"{run.path}: {' and '.join(fixed)} cannot change once a run has begun; start a new run for that.")
@@ -181,7 +200,7 @@ def make_report(run: "RunFolder") -> Path:
 
     try:
         corpus = corpora_of(run)
-    except UserError:
+    except RegrowthError:  # gone, or out of reach: the report is of what the run wrote
         corpus = None
     if corpus and not (run.path / "baseline.json").exists():
         write_baseline(run, corpus)

@@ -113,7 +113,7 @@ class RunConfig(Settings):
     """Everything a run is."""
 
     run: RunSettings = RunSettings()
-    data: DataConfig
+    data: DataConfig | None = None  # not looked at if loader.corpus names a finished corpus
     loader: LoaderConfig = LoaderConfig()
     mixing: Mixing = StaticMixing()
     model: ModelConfig = ModelConfig()
@@ -128,6 +128,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _rooms_fit_together(self) -> "RunConfig":
+        if self.data is None and self.loader.corpus is None:
+            raise ValueError("name what to train on: a [data] section to prepare it from, or loader.corpus, a finished corpus")
         self.parallel.check_batch(self.loader.global_batch)
         self.parallel.check_model(self.model, self.loader.sequence_length, self.loader.global_batch)
         self._shorter_lengths_fit()
@@ -138,11 +140,13 @@ class RunConfig(Settings):
             raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
         if steps and steps[-1] >= self.run.steps:
             raise ValueError(f"growth: at_step = {steps[-1]} is not before the end of the run (run.steps = {self.run.steps})")
-        if self.data.tokenizer.path is None and self.data.tokenizer.vocabulary > self.model.vocabulary:
-            raise ValueError(
-                f"model.vocabulary = {self.model.vocabulary} is smaller than data.tokenizer.vocabulary = {self.data.tokenizer.vocabulary}; "
-                f"set model.vocabulary to at least {self.data.tokenizer.vocabulary}"
-            )
+        if self.data and not self.loader.corpus:
+            tokenizer = self.data.tokenizer
+            if tokenizer.path is None and tokenizer.vocabulary > self.model.vocabulary:
+                raise ValueError(
+                    f"model.vocabulary = {self.model.vocabulary} is smaller than data.tokenizer.vocabulary = {tokenizer.vocabulary}; "
+                    f"set model.vocabulary to at least {tokenizer.vocabulary}"
+                )
         return self
 
     def _shorter_lengths_fit(self) -> None:

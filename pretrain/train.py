@@ -14,8 +14,9 @@ import torch
 
 from regrowth import __version__
 from regrowth.data_pipeline.corpora import open_corpora
+from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RunFailed, UserError
-from regrowth.files import exclusive, sha256_of
+from regrowth.files import exclusive, fingerprint
 from regrowth.parallel.agree import check_same, on_first_rank
 from regrowth.parallel.heartbeat import explain, record_collectives
 from regrowth.parallel.mesh import Mesh, choose_device, process_group
@@ -39,8 +40,12 @@ class StopRequest:
         self.asked = True
 
 
-def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
+def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
     """Run or resume the run in `folder` until its last step; called on every rank, with the launcher's environment.
+
+    Args:
+        place: folder or address of the run's corpus.
+        ranks_here: ranks on this machine, which share its cores.
 
     Raises:
         Stopped: on request, after a checkpoint.
@@ -59,11 +64,11 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
             config.parallel.check_world(world_size)
         except ValueError as error:
             raise UserError(f"{folder}/config.toml: {error}.") from error
-        check_same(identity(config, corpus_folder))
+        corpus = open_corpora(place, config.loader)
+        check_same(identity(config, corpus))
         with ExitStack() as held:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
-            corpus = open_corpora(corpus_folder, config.loader)
             mesh = Mesh(config.parallel, device, config.run.timeout_seconds)
             try:
                 Trainer(run, config, corpus, mesh, rank, lambda: stop.asked).run_to_the_end()
@@ -73,7 +78,7 @@ def train(folder: Path, corpus_folder: Path, ranks_here: int = 1) -> None:
                 raise
 
 
-def identity(config: RunConfig, corpus: Path) -> dict[str, str]:
+def identity(config: RunConfig, corpus: Corpus) -> dict[str, str]:
     """What must be the same on all ranks."""
     told = config.model_dump_json(exclude={"run": {"threads"}})
     return {
@@ -81,10 +86,5 @@ def identity(config: RunConfig, corpus: Path) -> dict[str, str]:
         "the version of torch": torch.__version__,
         "the version of Python": platform.python_version(),
         "the hash of the config": hashlib.sha256(told.encode()).hexdigest()[:16],
-        **{
-            f"the hash of the corpus{f' {path.name}' if number else ''}": sha256_of(path / "corpus.json")[:16]
-            for number, path in enumerate(
-                [corpus, *(Path(path) for path in config.loader.corpora if (Path(path) / "corpus.json").exists())]
-            )
-        },
+        "the hash of the data": fingerprint([[domain, corpus.identity(domain)] for domain in corpus.domains]),
     }

@@ -27,7 +27,7 @@ def _die_with_the_launcher() -> None:
 
 def main() -> int:
     """Returns the exit code."""
-    folder, corpus = Path(sys.argv[1]), Path(sys.argv[2])
+    folder, corpus = Path(sys.argv[1]), sys.argv[2]  # a corpus may be an address
     letter = folder / "logs" / f"rank-{os.environ.get('RANK', '0')}.error"
     letter.parent.mkdir(parents=True, exist_ok=True)
     letter.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Shared fixtures: a small corpus, pools of ranks, and where the optional real data is."""
 
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -163,6 +164,7 @@ def s3() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
             patch.setenv(name, value)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would write every request to a stream that may be closed
         server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
         server.start()
         host, port = server.get_host_and_port()

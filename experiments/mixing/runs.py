@@ -36,7 +36,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "uniform": {"policy": "static", "weights": "uniform"},
     "odm": {"policy": "odm", "initial": "natural", "warmup_steps": 25},
     "ado": {"policy": "ado", "initial": "natural", "warmup_steps": 50, "refit_every": 25, "ignore_steps": 10},
-    "odm-decrease": {"policy": "odm", "initial": "natural", "warmup_steps": 25, "reward": "decrease"},
 }
 STATIC = ("natural", "uniform")
 
@@ -56,10 +55,10 @@ def config(out: Path, policy: str, seed: int) -> RunConfig:
         "loader": {"sequence_length": 256, "global_batch": 32, "unit_sequences": 2, "seed": seed},
         "mixing": POLICIES[policy],
         "model": {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 32, "ffn_width": 384},
-        "optimizer": {"lr": 4e-3},
+        "optimizer": {"lr": 2e-3},
         "parallel": {"micro_batch": 32},
-        "checkpoint": {"every": STEPS, "keep": 1},
-        "evaluation": {"every": EVERY, "sequences_per_domain": 24, "final_sequences_per_domain": 24},
+        "checkpoint": {"every": 50, "keep": 2},
+        "evaluation": {"every": EVERY, "sequences_per_domain": 20, "final_sequences_per_domain": 20},
     }
     return RunConfig.model_validate(values)
 
@@ -81,7 +80,9 @@ def train_all(out: Path, seeds: int, at_once: int) -> None:
     wanted = [(policy, seed) for seed in range(seeds) for policy in POLICIES if not any(run.finished for run in runs(out, policy, seed))]
     if not wanted:
         return
-    prepare(config(out, *wanted[0]).data)
+    data = config(out, *wanted[0]).data
+    assert data is not None
+    prepare(data)
     (out / "logs").mkdir(parents=True, exist_ok=True)
 
     def one(which: tuple[str, int]) -> int:
