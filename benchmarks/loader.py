@@ -99,7 +99,7 @@ def two_ranks(corpus: Corpus, packing: str, seconds: float) -> float:
     ranks = [context.Process(target=_rank, args=(corpus.folder, packing, seconds, rates, ready)) for _ in range(2)]
     for rank in ranks:
         rank.start()
-    total = sum(rates.get() for _ in ranks)
+    total = sum(rates.get(timeout=120) for _ in ranks)
     for rank in ranks:
         rank.join()
     return total
@@ -252,13 +252,23 @@ def own_memory() -> float:
 
 
 def growth_of_memory(corpus: Corpus) -> float:
-    """MiB that reading a whole epoch adds to what the first block took."""
-    stream, read = ours(corpus, "chunk", LENGTH), 0
-    next(stream)
-    before = own_memory()
+    """MiB that reading a whole epoch adds to what the first blocks took, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    pipe, there = context.Pipe()
+    process = context.Process(target=_read_an_epoch, args=(corpus.folder, there))
+    process.start()
+    there.close()
+    return pipe.recv()
+
+
+def _read_an_epoch(folder: Path, pipe: Any) -> None:
+    corpus = Corpus.open(folder)
+    stream, read, before = ours(corpus, "chunk", LENGTH), 0, 0.0
     while read < corpus.tokens("train", "web"):
+        if not before and read > 3 << 20:
+            before = own_memory()
         read += next(stream).size
-    return own_memory() - before
+    pipe.send(own_memory() - before)
 
 
 def draw_and_update(domains: int = 22, units: int = 16, steps: int = 2000) -> float:

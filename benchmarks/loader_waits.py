@@ -7,6 +7,7 @@ lets every request wait and sends no faster than it is told; each is read with a
 """
 
 import argparse
+import multiprocessing
 import os
 import tempfile
 import threading
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from loader import made_up_corpus
@@ -23,11 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from regrowth.data_pipeline.config import LoaderConfig
-from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.data_pipeline.feed import Feed
 from regrowth.data_pipeline.loader import Loader
 from regrowth.data_pipeline.mixing.config import StaticMixing
-from regrowth.data_pipeline.remote import open_remote
 
 _STEP_SECONDS = 0.05
 _PIECE = 1 << 16
@@ -47,20 +48,22 @@ class SlowStore(SimpleHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        data, wanted = path.read_bytes(), self.headers.get("Range")
-        begin, end = 0, len(data)
+        size, wanted = path.stat().st_size, self.headers.get("Range")
+        begin, end = 0, size
         if wanted:
             first, last = wanted.removeprefix("bytes=").split("-")
             begin, end = int(first), int(last) + 1
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(end - begin))
         self.end_headers()
-        for at in range(begin, end, _PIECE):
-            self.wfile.write(data[at : min(at + _PIECE, end)])
-            time.sleep(_PIECE / self.rate)
+        with path.open("rb") as file:
+            file.seek(begin)
+            for at in range(begin, end, _PIECE):
+                self.wfile.write(file.read(min(_PIECE, end - at)))
+                time.sleep(_PIECE / self.rate)
 
     def log_message(self, *_: object) -> None:
         """Silent."""
@@ -83,10 +86,21 @@ def store(folder: Path, latency: float, rate: float) -> Iterator[str]:
         server.server_close()
 
 
-def waits(corpus: Corpus, steps: int) -> tuple[float, np.ndarray]:
-    """Seconds until the first batch is there, and those that each later step waited."""
-    config = LoaderConfig(sequence_length=2048, global_batch=32, unit_sequences=32)
-    loader = Loader(corpus, config, StaticMixing())
+def waits(place: str, cache: Path, steps: int) -> tuple[float, np.ndarray]:
+    """Seconds until the first batch is there, and those that each later step waited; in a process of its own, which has nothing mapped yet."""
+    context = multiprocessing.get_context("spawn")
+    pipe, there = context.Pipe()
+    process = context.Process(target=_wait, args=(place, cache, steps, there))
+    process.start()
+    there.close()
+    seconds = pipe.recv()
+    process.join()
+    return seconds[0], np.array(seconds[1:])
+
+
+def _wait(place: str, cache: Path, steps: int, pipe: Any) -> None:
+    config = LoaderConfig(sequence_length=2048, global_batch=32, unit_sequences=32, cache=cache)
+    loader = Loader(open_corpora(place, config), config, StaticMixing())
     feed = Feed(loader, 0, 1, lambda batch: batch, steps)
     seconds = []
     for step in range(steps):
@@ -95,11 +109,11 @@ def waits(corpus: Corpus, steps: int) -> tuple[float, np.ndarray]:
         loader.observe(step, {0: 1.0})
         time.sleep(_STEP_SECONDS)
     feed.close()
-    return seconds[0], np.array(seconds[1:])
+    pipe.send(seconds)
 
 
 def forget_pages(folder: Path) -> None:
-    """Ask the system to drop what it holds of the shards, so that they come from the disk."""
+    """Ask the system to drop what it holds of the shards, so that they come from the disk; nothing may have them mapped."""
     for path in folder.rglob("*.arrow"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -116,20 +130,21 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        near = made_up_corpus(folder / "corpus", (steps + 32) << 16, shards=4)
+        near = str(made_up_corpus(folder / "corpus", (steps + 32) << 16, shards=4).folder)
 
-        def add(what: str, corpus: Corpus) -> None:
-            first, later = waits(corpus, steps)
+        def add(what: str, place: str) -> None:
+            first, later = waits(place, folder / "cache" / place.rsplit(":", 1)[-1].strip("/").replace("/", "_"), steps)
             shown = (f"{1e3 * value:,.1f} ms" for value in (first, np.median(later), np.quantile(later, 0.99), later.max()))
             table.add_row(what, *shown)
 
         add("memory (pages warm)", near)
-        forget_pages(near.folder)
-        add("a cold disk", Corpus.open(near.folder))
+        if hasattr(os, "posix_fadvise"):
+            forget_pages(Path(near))
+            add("a cold disk", near)
         for what, latency, rate in (("20 ms, 100 MB/s", 0.02, 1e8), ("200 ms, 8 MB/s", 0.2, 8e6)):
-            with store(near.folder, latency, rate) as address:
+            with store(Path(near), latency, rate) as address:
                 for state in ("empty cache", "full cache"):
-                    add(f"a store of {what}, {state}", open_remote(address, folder / "cache" / what.replace(" ", ""), 1e12))
+                    add(f"a store of {what}, {state}", address)
     table.caption = "the limit is a step, 50 ms: what is waited for less often than once in a hundred steps costs nobody anything"
     Console(width=120).print(table)
 

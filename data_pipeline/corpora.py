@@ -34,7 +34,7 @@ def open_corpora(place: str | Path, loader: LoaderConfig) -> Corpus:
         for split in SPLITS:
             for domain, rows in other.manifest["splits"][split].items():
                 splits[split][domain] = rows if remote else [{**row, "path": str((Path(path) / row["path"]).resolve())} for row in rows]
-    return Corpus(corpus.folder, {**corpus.manifest, "splits": splits})
+    return Corpus(corpus.folder, {**corpus.manifest, "splits": splits}, corpus.address)
 
 
 def _open(place: str, loader: LoaderConfig) -> Corpus:

@@ -26,6 +26,7 @@ class Corpus:
 
     folder: Path
     manifest: dict[str, Any]
+    address: str = ""  # where it is, if `folder` is only its cache
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
@@ -48,6 +49,16 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the shards were made with."""
         return Tokenizer.load(self.folder / "tokenizer")
+
+    @property
+    def shown(self) -> str:
+        """Where the corpus is, for people."""
+        return self.address or str(self.folder)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of it is at an address."""
+        return any("cache" in row for by_domain in self.manifest["splits"].values() for rows in by_domain.values() for row in rows)
 
     @property
     def domains(self) -> list[str]:

@@ -54,8 +54,8 @@ class Loader:
         self.script = Script.open(mixing.replay_log, self.segment()) if mixing.replay_log else None
         self._before: dict[int, list[list[int]]] = {}  # the cursors as they were before each step that is not done yet
 
-    def check_enough(self, step: int) -> None:
-        """See before the run begins, at `step`, that neither its data nor the log it follows can end before it does.
+    def check_enough(self) -> None:
+        """See before a run's first step that neither its data nor the log it follows can end before it does.
 
         Domains that the policy never draws count as data here: a run may still find out later.
 
@@ -63,9 +63,9 @@ class Loader:
             Exhausted: they will.
         """
         if self.script:
-            for needed in range(step, self.steps):
+            for needed in range(self.steps):
                 self.script.row(needed)
-        elif (room := self._room()) is not None and (can := step + np.floor(max(room.sum(), 0) / self.mixer.units)) < self.steps:
+        elif (room := self._room()) is not None and (can := np.floor(np.maximum(room, 0).sum() / self.mixer.units)) < self.steps:
             raise Exhausted(f"mixing.max_epochs: the domains have data for {can:.0f} steps together, and the run has {self.steps}. Raise it, add data "
                             f"(loader.corpora), or set run.steps = {can:.0f}.")  # fmt: skip
 
@@ -128,7 +128,7 @@ class Loader:
         """
         mine, theirs = self._identity(), state["identity"]
         if not isinstance(known := theirs.get("domains", {}), dict):
-            raise UserError(f"{self.corpus.folder}: the checkpoint's loader state was written by an older version, which did not say where each domain's "
+            raise UserError(f"{self.corpus.shown}: the checkpoint's loader state was written by an older version, which did not say where each domain's "
                             "sequences stood in all. Start a new run with run.start_from = the checkpoint.")  # fmt: skip
         told = [
             f"{key}: checkpoint {theirs.get(key)!r}, now {mine[key]!r}" for key in ("tokenizer", *_ORDER) if mine[key] != theirs.get(key)
@@ -137,7 +137,7 @@ class Loader:
         if not set(known) & set(self.domains):
             told.append(f"domains: checkpoint {sorted(known)}, now {self.domains}")
         if told:
-            raise UserError(f"{self.corpus.folder}: the checkpoint's loader state is of another corpus or order ({'; '.join(told)}). "
+            raise UserError(f"{self.corpus.shown}: the checkpoint's loader state is of another corpus or order ({'; '.join(told)}). "
                             "Resume with the run's own data, or start a new run with run.start_from = the checkpoint.")  # fmt: skip
         cursors = dict(zip(known, state["cursors"], strict=True))
         self.cursors = [Cursor(**cursors[d]) if d in cursors else Cursor() for d in self.domains]

@@ -1,6 +1,7 @@
 """One domain's sequences, by (epoch, block, sequence): shards are opened when they are first read, and only the block in use is laid out."""
 
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -13,6 +14,7 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.order import key64, permutation, permuted
 from regrowth.data_pipeline.packing import Layout, count_sequences, fill, lay_out, pad, sequences_in
 from regrowth.data_pipeline.shards import Block, DamagedShard, Shard
+from regrowth.errors import UserError
 
 _OPEN_SHARDS = 64  # of a domain
 _LAID_OUT = 4  # blocks of a domain
@@ -159,8 +161,9 @@ class DomainReader:
     def _look_ahead(self, epoch: int, block: int) -> None:
         """A block is being opened: those behind it will be wanted next."""
         for after in self._after.get((epoch, block), ()):
-            shard, number = self.place(after)
-            shard.ahead(number)
+            with suppress(UserError, OSError):  # a shard that cannot be read is told when it has to be
+                shard, number = self.place(after)
+                shard.ahead(number)
 
     def _ids_in(self, epoch: int, block: int) -> np.ndarray:
         """int64: the sample ids of a block in the order of an epoch."""
@@ -177,6 +180,9 @@ class DomainReader:
                 raise
             self.damaged.append(Damage(shard.shown, number, shard.index.blocks[number].tokens, str(error)))
             return None
+        if whole.weights is not None and self.packing == "fixed":
+            raise UserError(f'{shard.shown}: its documents weigh differently in the loss (data.shards.weight), and loader.packing = "fixed" does not tell '
+                            'documents apart. Take "chunk" or "best_fit".')  # fmt: skip
         self._look_ahead(epoch, block)
         key = key64(self.seed, "pack", self.domain, epoch, block)
         return lay_out(self.packing, whole.row_offsets, self.length, key), whole

@@ -68,7 +68,9 @@ class Cache:
     def whole(self, name: str) -> Path:
         """A whole file of the corpus, fetched if it is not here."""
         path = self.folder / name
-        if not path.exists():
+        try:
+            os.utime(path)
+        except FileNotFoundError:
             self._keep(name, self.fetch(name))
         return path
 
@@ -108,7 +110,7 @@ def open_remote(address: str, root: Path, limit: float) -> Corpus:
         split: {domain: [{**row, "cache": cache} for row in rows] for domain, rows in by_domain.items()}
         for split, by_domain in corpus.manifest["splits"].items()
     }
-    return Corpus(cache.folder, {**corpus.manifest, "splits": splits})
+    return Corpus(cache.folder, {**corpus.manifest, "splits": splits}, cache.address)
 
 
 class RemoteShard(Shard):
@@ -118,7 +120,11 @@ class RemoteShard(Shard):
         self.cache, self.name = cache, str(row["path"])
         self.shown = f"{cache.address}/{self.name}"
         self.path = cache.folder / self.name  # where it is when all of it was fetched
-        self.index: ShardIndex = read_index(cache.whole(str(Path(self.name).with_suffix(".json"))))
+        index = str(Path(self.name).with_suffix(".json"))
+        self.index: ShardIndex = read_index(cache.whole(index))
+        if self.index.sha256 != row["sha256"]:  # the corpus was being replaced while it was fetched
+            (cache.folder / index).unlink()
+            self.index = read_index(cache.whole(index))
         self.blocks = cache.folder / "blocks" / self.index.sha256[:32]
         self._checked: set[int] = set()
 

@@ -50,14 +50,14 @@ def quickstart(overrides: list[str], dry_run: bool) -> None:
 
 
 def _export(run: "RunFolder", console: Console) -> None:
-    from regrowth.launch.training import corpora_of
+    from regrowth.launch.training import tokenizer_of
     from regrowth.pretrain.checkpoint import newest_whole
     from regrowth.pretrain.convert import export_hf
 
     out, (checkpoint, _) = run.path / "export" / "hf", newest_whole(run.path)
     assert checkpoint is not None
     if not out.exists():
-        export_hf(checkpoint, out, corpora_of(run).tokenizer, run.config().loader.sequence_length)
+        export_hf(checkpoint, out, tokenizer_of(run), run.config().loader.sequence_length)
     console.print(f"[bold]exported[/bold] {checkpoint.name} to {out}", soft_wrap=True)
 
 

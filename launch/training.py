@@ -11,6 +11,7 @@ from regrowth.files import read_json, write_json
 
 if TYPE_CHECKING:
     from regrowth.data_pipeline.corpus import Corpus
+    from regrowth.data_pipeline.tokenizer import Tokenizer
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.run_folder import RunFolder
 
@@ -141,9 +142,8 @@ def corpus_of(run: "RunFolder") -> str:
 
     place = str(read_json(run.path / "data.json")["corpus"])
     if not is_remote(place) and not (Path(place) / "corpus.json").exists():
-        raise UserError(
-            f"{run.path}: its corpus {place} is gone. Prepare it again (regrowth data prepare {run.path}/config.toml) or put it back."
-        )
+        again = "" if run.config().loader.corpus else f"Prepare it again (regrowth data prepare {run.path}/config.toml) or "
+        raise UserError(f"{run.path}: its corpus {place} is gone. {again}{'p' if again else 'P'}ut it back.")
     return place
 
 
@@ -152,6 +152,13 @@ def corpora_of(run: "RunFolder") -> "Corpus":
     from regrowth.data_pipeline.corpora import open_corpora
 
     return open_corpora(corpus_of(run), run.config().loader)
+
+
+def tokenizer_of(run: "RunFolder") -> "Tokenizer":
+    """The tokenizer of a run, for which only its own corpus is opened."""
+    from regrowth.data_pipeline.corpora import open_corpora
+
+    return open_corpora(corpus_of(run), run.config().loader.model_copy(update={"corpora": []})).tokenizer
 
 
 def _change_config(run: "RunFolder", config: "RunConfig") -> None:
@@ -202,7 +209,7 @@ def make_report(run: "RunFolder") -> Path:
         corpus = corpora_of(run)
     except RegrowthError:  # gone, or out of reach: the report is of what the run wrote
         corpus = None
-    if corpus and not (run.path / "baseline.json").exists():
+    if corpus and not corpus.remote and not (run.path / "baseline.json").exists():  # it reads all of the text
         write_baseline(run, corpus)
     config = run.config()
     checkpoints = list_checkpoints(run.path)

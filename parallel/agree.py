@@ -36,6 +36,23 @@ def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = N
     return outcome[0]
 
 
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Call on each rank; if it raises a RegrowthError on any, the first such error is raised on all of them, with its rank."""
+    if not dist.is_initialized():
+        return function()
+    outcome: list[Any] = [None, None]
+    try:
+        outcome[0] = function()
+    except RegrowthError as error:
+        outcome[1] = error
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, outcome[1])
+    for rank, error in enumerate(everywhere):
+        if error is not None:
+            raise type(error)(f"rank {rank}: {error}")
+    return outcome[0]
+
+
 def check_same(values: dict[str, str]) -> None:
     """All ranks must have come with the same values (hashes of config and data, versions).
 

@@ -86,9 +86,11 @@ class RunFolder:
 
     def decided_by(self) -> dict[str, Any]:
         """The last row of the decision log that says what decisions are made by; empty if there is none."""
-        return max(
-            (row for row in iterate_jsonl(self.path / "mixing.jsonl") if not is_decision(row)), key=lambda row: row["step"], default={}
-        )
+        last: dict[str, Any] = {}
+        for row in iterate_jsonl(self.path / "mixing.jsonl"):
+            if not is_decision(row) and row["step"] >= last.get("step", 0):  # of several before one step the last one holds
+                last = row
+        return last
 
     def rewind(self, step: int) -> None:
         """Forget the rows of steps that will be done again; events are history and stay."""

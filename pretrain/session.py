@@ -41,7 +41,7 @@ class Session:
         checkpoint = checkpoint or config.run.start_from
         state = read_state(checkpoint) if checkpoint else None
         self.model_config = state.model if state else config.model
-        self.lineage = state.lineage if state else Lineage(corpus=corpus.folder.name, version=__version__)
+        self.lineage = state.lineage if state else Lineage(corpus=corpus.shown.rstrip("/").split("/")[-1], version=__version__)
         self.trainer_state = state.trainer if state and not begins else {}
         self.step = int(state.trainer["step"]) if state and not begins else 0
         if begins and checkpoint:
@@ -56,6 +56,8 @@ class Session:
         except ValueError as error:
             raise UserError(f"the model of {checkpoint or 'this config'} does not fit the plan: {error}.") from error
         self.loader = Loader(corpus, config.loader, config.mixing, config.run.steps)
+        if begins:  # one that goes on may have skipped data, and ends where its data does
+            self.loader.check_enough()
         self.engine = build_engine(config, self.model_config, mesh)
         self.feed = Feed(self.loader, self.engine.data_rank, self.engine.data_ranks, self._micro_batches, config.run.steps)
         self.recipe = PrecisionRecipe(name="unset")
@@ -65,7 +67,6 @@ class Session:
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.loaded(int(state.trainer["optimizer_steps"]))
-        self.loader.check_enough(self.step)
 
     def close(self) -> None:
         """End the loader's thread; the session is done with."""

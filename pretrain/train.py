@@ -17,7 +17,7 @@ from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import exclusive, fingerprint
-from regrowth.parallel.agree import check_same, on_first_rank
+from regrowth.parallel.agree import check_same, on_every_rank, on_first_rank
 from regrowth.parallel.heartbeat import explain, record_collectives
 from regrowth.parallel.mesh import Mesh, choose_device, process_group
 from regrowth.pretrain.config import RunConfig
@@ -64,7 +64,7 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
             config.parallel.check_world(world_size)
         except ValueError as error:
             raise UserError(f"{folder}/config.toml: {error}.") from error
-        corpus = open_corpora(place, config.loader)
+        corpus = on_every_rank(lambda: open_corpora(place, config.loader))
         check_same(identity(config, corpus))
         with ExitStack() as held:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
@@ -86,5 +86,12 @@ def identity(config: RunConfig, corpus: Corpus) -> dict[str, str]:
         "the version of torch": torch.__version__,
         "the version of Python": platform.python_version(),
         "the hash of the config": hashlib.sha256(told.encode()).hexdigest()[:16],
-        "the hash of the data": fingerprint([[domain, corpus.identity(domain)] for domain in corpus.domains]),
+        "the hash of the data": fingerprint(
+            [
+                [split, domain, row["sha256"]]
+                for split, by_domain in sorted(corpus.manifest["splits"].items())
+                for domain, rows in sorted(by_domain.items())
+                for row in rows
+            ]
+        ),
     }

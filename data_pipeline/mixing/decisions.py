@@ -104,8 +104,14 @@ class Script:
             Exhausted: the log has none.
         """
         if step not in self.rows:
-            raise Exhausted(f"mixing.replay_log = {self.run}: its log has no step {step} (it has {min(self.rows)} to {max(self.rows)}). Set "
-                            f"run.steps to at most {max(self.rows) + 1}, or finish that run first.")  # fmt: skip
+            remedy = (
+                f"Set run.steps to at most {max(self.rows) + 1}, or finish that run first."
+                if step > max(self.rows)
+                else "Its log is not whole."
+            )
+            raise Exhausted(
+                f"mixing.replay_log = {self.run}: its log has no step {step} (it has {min(self.rows)} to {max(self.rows)}). {remedy}"
+            )
         return self.rows[step]
 
 

@@ -55,7 +55,7 @@ def explain(run: Path, corpus: Corpus, step: int) -> StepRead:
     config, domains = LoaderConfig.model_validate(by["loader"]), by["domains"]
     for domain in domains:
         if domain not in corpus.domains or corpus.identity(domain) != by["identity"]["domains"][domain]:
-            raise UserError(f"{corpus.folder}: not the corpus that step {step} of {run} read: {domain} has other shards.")
+            raise UserError(f"{corpus.shown}: not the corpus that step {step} of {run} read: {domain} has other shards.")
     documents = []
     place = 0
     readers = [

@@ -68,7 +68,7 @@ class Mixer:
         else:  # a domain may end within the step
             left, drawn = room.copy(), []
             for chance in chances:
-                drawn += _pick(self._bounded(probabilities, left, step).tolist(), [chance])
+                drawn += _pick(self._limited(probabilities, left, step).tolist(), [chance])
                 left[drawn[-1]] -= 1
         self._pend(step, shares, drawn)
         return np.array(drawn)
@@ -114,6 +114,9 @@ class Mixer:
         if self.monitor and self.monitor.config.share_factor < 1.0:
             probabilities = probabilities * self.monitor.factors()
             probabilities = probabilities / probabilities.sum()
+        return self._limited(probabilities, room, step)
+
+    def _limited(self, probabilities: np.ndarray, room: np.ndarray | None, step: int) -> np.ndarray:
         if self.limits is None:
             return probabilities
         open_ = np.ones(len(self.domains), dtype=bool) if room is None else room >= 1.0

@@ -55,7 +55,7 @@ def replay(run: Path) -> Replay:
             mixer.observe(row["step"], losses_of(row))
         if told := _cursors_that_jump(segment):
             return Replay(steps, followed, told)
-        state = mixer.state_dict()
+        state = mixer.state_dict(segment.rows[-1]["step"] + 1)  # as the checkpoint that the run went on from had it
     return Replay(steps, followed, None)
 
 

@@ -49,7 +49,6 @@ def config(out: Path, policy: str, seed: int) -> RunConfig:
             "name": "twelve",
             "sources": [{"kind": "jsonl", "path": str(DATA / "corpora")}],
             "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
-            "shards": {"block_tokens": 1 << 15},
             "heldout_fraction": 0.08,
         },
         "loader": {"sequence_length": 256, "global_batch": 32, "unit_sequences": 2, "seed": seed},
@@ -64,9 +63,9 @@ def config(out: Path, policy: str, seed: int) -> RunConfig:
 
 
 def runs(out: Path, policy: str, seed: int) -> list[RunFolder]:
-    """The folders of a policy's run with a seed."""
+    """The folders of a policy's run with a seed; those of another config, of an older state of this program, are not looked at."""
     found = [RunFolder(path) for path in sorted((out / "runs").glob(f"*_{policy}-{seed}*")) if (path / "config.toml").exists()]
-    return [run for run in found if run.path.name.split("_", 1)[1].split("_")[0] == f"{policy}-{seed}"]
+    return [run for run in found if run.config() == config(out, policy, seed)]
 
 
 def train(out: Path, policy: str, seed: int) -> None:

@@ -180,11 +180,15 @@ def test_the_end_of_the_data_is_told_before_the_run_and_else_in_its_turn(corpus:
     both = Loader(corpus, config, StaticMixing(max_epochs=0.5), steps=1000)
     can = sum(int(reader.sequences * 0.5) // 2 for reader in both.readers) // 4
     with pytest.raises(Exhausted, match=f"have data for {can} steps together, and the run has 1000.* set run.steps = {can}"):
-        both.check_enough(0)
+        both.check_enough()
     enough = Loader(corpus, config, StaticMixing(max_epochs=0.5), steps=can)
-    enough.check_enough(0)
+    enough.check_enough()
     assert len(advance(enough, range(can))) == can
-    Loader(corpus, config, StaticMixing(max_epochs={"prose": 0.5}), steps=1000).check_enough(0)
+    Loader(corpus, config, StaticMixing(max_epochs={"prose": 0.5}), steps=1000).check_enough()
+    other = int(both.readers[1].sequences * 0.5) // 2 // 4
+    lowered = Loader(corpus, config, StaticMixing(max_epochs=0.5), steps=other)
+    lowered.cursors[0].taken = 10**6  # a cap that was lowered below what was read of one domain takes nothing from the other
+    lowered.check_enough()
 
     weights = {"prose": 1.0, "programs": 0.0}
     loader = Loader(corpus, config, StaticMixing(weights=weights, max_epochs=0.5), steps=1000)
@@ -306,6 +310,9 @@ def test_documents_weigh_in_the_loss_by_a_score(documents: Path, tmp_path: Path)
         assert weights.sum() == pytest.approx(expected, rel=1e-5) and 0 < expected < corpus.tokens("train", reader.domain)
         heldout = heldout_batches(corpus, reader.domain, 64)
         assert heldout.loss_weight.sum() == corpus.tokens("heldout", reader.domain), "held-out text weighs 1"
+    fixed = Loader(corpus, CONFIG.model_copy(update={"packing": "fixed"}), StaticMixing())
+    with pytest.raises(UserError, match='"fixed" does not tell documents apart'):
+        fixed.build(fixed.plan_step(0))
     values["shards"] = {"weight": "langage"}
     with pytest.raises(UserError, match=r'data.shards.weight = langage: no transform .* did you mean "language"'):
         prepare(DataConfig.model_validate(values))

@@ -226,6 +226,12 @@ def test_draws_end_where_the_epochs_do() -> None:
     assert left.sum() == 1
     with pytest.raises(UserError, match=r"step 9: every domain that the policy draws has been read as often as mixing.max_epochs allows"):
         mixer.draw(9, left)
+    watch = SaturationMonitor(Saturation(window=8, share_factor=0.1), 3)
+    watch.saturated = [True, False, False]
+    both = Mixer(Static(np.array([0.5, 0.3, 0.2])), DOMAINS, 4000, 1, 0, Limits.of(StaticMixing(max_epochs=1), DOMAINS), watch)
+    drawn = both.draw(0, np.array([1e6, 1e6, 0.0]))
+    share = both.pending[-1]["probabilities"][0]
+    assert share == pytest.approx(0.05 / 0.35) and abs((drawn == 0).mean() - share) < 0.03, "what is logged is what is drawn by"
     unwanted = Mixer(Static(np.array([1.0, 0.0, 0.0])), DOMAINS, 10, 1, 0, Limits.of(StaticMixing(max_epochs=1), DOMAINS))
     with pytest.raises(UserError, match=r"step 0: every domain that the policy draws has"):
         unwanted.draw(0, np.array([9.0, 50.0, 50.0]))

@@ -101,9 +101,17 @@ def test_a_policy_learns_from_the_log_it_follows(corpus: Corpus, tmp_path: Path,
     assert (found.steps, found.followed, found.first_difference) == (4, 8, None)
 
 
+def test_the_delay_of_losses_may_change_on_resume(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    run = go(new_run(corpus, tmp_path, run={"steps": 6}, mixing=ODM, schedule={"decay_fraction": 0.0}), corpus, ranks)
+    change(run, run={"steps": 12}, loader={"update_delay": 3})
+    go(run, corpus, ranks)
+    found = replay(run.path)
+    assert (found.steps, found.first_difference) == (12, None)
+
+
 def test_a_run_that_reads_all_it_may_keeps_what_it_trained(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
     mixing = {"policy": "static", "weights": {"prose": 1.0, "programs": 0.0}, "max_epochs": {"prose": 0.08}}
-    run = new_run(corpus, tmp_path, run={"steps": 500}, mixing=mixing, loader={"prefetch": 3})
+    run = new_run(corpus, tmp_path, run={"steps": 500}, mixing=mixing, loader={"prefetch": 3}, parallel={"dp_shard": 2, "micro_batch": 4})
     with pytest.raises(RankError, match=r"every domain that the policy draws has been read"):
         go(run, corpus, ranks)
     steps = len(run.rows("metrics"))
