@@ -11,15 +11,18 @@ from rich.table import Table
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.tokenizer import Tokenizer
-from regrowth.errors import UserError, need
+from regrowth.errors import RegrowthError, UserError, need
+from regrowth.launch.training import tokenizer_of
 from regrowth.pretrain.build import build_model
-from regrowth.pretrain.checkpoint import load_plain, newest_whole, verify
+from regrowth.pretrain.checkpoint import load_plain, newest_whole, read_state, verify
 from regrowth.pretrain.convert import export_hf
 from regrowth.pretrain.evaluate import BytesReport, heldout, to_tensors
-from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
+from regrowth.pretrain.growth.grow import grow_checkpoint
+from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
 from regrowth.pretrain.lineage import read_lineage
 from regrowth.pretrain.model import Transformer
 from regrowth.pretrain.run_folder import RunFolder
+from regrowth.settings import load, parse_overrides
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -66,14 +69,34 @@ def load_model(checkpoint: Path) -> Transformer:
     return model.eval()
 
 
-def grow(path: Path, op: str, factor: int, out: Path | None) -> None:
-    """The `grow` command."""
+def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, dry_run: bool) -> None:
+    """The `grow` command.
+
+    Raises:
+        UserError: settings and a plan were given, or the growth does not fit the checkpoint.
+    """
+    if plan and settings:
+        raise UserError(f"--plan {plan}: the operators stand in it; leave {settings[0]} away, or the plan.")
+    growth = load(GrowthPlan, plan) if plan else plan_of(parse_overrides(settings), "regrowth grow")
     source = find_checkpoint(path)
+    before = read_state(source).model
+    *_, after = growth.configs(before)
     # Not among the run's own checkpoints: those are what the run goes on from.
-    target = out or run_of(source).path / "grown" / f"{source.name}-{op}{factor}"
-    grown = grow_checkpoint(source, target, build_operator(op, factor=factor))
-    Console().print(f"{target}: {grown.model.layers} layers, {grown.model.parameters:,} parameters", soft_wrap=True)
-    Console().print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
+    target = out or run_of(source).path / "grown" / f"{source.name}-{growth.describe()['op'].replace(' + ', '-')}-{after.parameters}"
+    console = Console()
+    table = Table("", "now", "grown")
+    for key in ("layers", "width", "heads", "kv_heads", "ffn_width", "expert_count", "vocabulary", "parameters", "active_parameters"):
+        if getattr(before, key) != getattr(after, key) or key in ("layers", "width", "parameters"):
+            table.add_row(key.replace("_", " "), f"{getattr(before, key):,}", f"{getattr(after, key):,}")
+    console.print(table)
+    console.print(
+        f"{growth.describe()['op']}: {'keeps the function' if growth.preserves_function(before) else 'changes the function; training mends it'}"
+    )
+    if dry_run:
+        return console.print(f"would write {target}", soft_wrap=True)
+    grow_checkpoint(source, target, growth)
+    console.print(f"{target}: {after.layers} layers, {after.parameters:,} parameters", soft_wrap=True)
+    console.print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
 
 
 def convert(path: Path, out: Path, to: str) -> None:
@@ -85,8 +108,8 @@ def convert(path: Path, out: Path, to: str) -> None:
     length = 2048
     try:
         run = run_of(checkpoint)
-        tokenizer, length = corpus_of_checkpoint(checkpoint).tokenizer, run.config().loader.sequence_length
-    except UserError as error:
+        tokenizer, length = tokenizer_of(run), run.config().loader.sequence_length
+    except RegrowthError as error:
         Console(stderr=True).print(f"exported without a tokenizer: {error}", soft_wrap=True)
     export_hf(checkpoint, out, tokenizer, length)
     Console().print(f"{out}: written from {checkpoint}", soft_wrap=True)
@@ -97,8 +120,8 @@ def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_p:
     from regrowth.pretrain.generate import generate as continuation
 
     checkpoint = find_checkpoint(path)
-    context = run_of(checkpoint).config().loader.sequence_length
-    tokenizer = corpus_of_checkpoint(checkpoint).tokenizer
+    run = run_of(checkpoint)
+    tokenizer, context = tokenizer_of(run), run.config().loader.sequence_length
     return continuation(load_model(checkpoint), tokenizer, prompt, tokens, context, temperature, top_p, seed)
 
 

@@ -91,14 +91,17 @@ def plan(
 @app.command()
 def grow(
     checkpoint: Checkpoint,
-    op: Annotated[str, typer.Option(help="The growth operator.")] = "stack",
-    factor: Annotated[int, typer.Option(help="How many copies in depth.", min=2)] = 2,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="An operator and its settings: op=hyperclone factor=2 (default: op=stack).")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A TOML file with a chain of [[operators]].")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the grown checkpoint goes; default: `grown/` in the run's folder.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Grow a checkpoint into a larger model's start."""
     from regrowth.launch.checkpoints import grow as go
 
-    go(checkpoint, op, factor, out)
+    go(checkpoint, settings or [], plan, out, dry_run)
 
 
 @app.command()

@@ -9,8 +9,11 @@ from rich.table import Table
 from regrowth.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from regrowth.data_pipeline.config import DataConfig
     from regrowth.pretrain.config import RunConfig
+    from regrowth.pretrain.model_config import ModelConfig
 
 
 def show_dry_run(config: "RunConfig") -> None:
@@ -57,7 +60,6 @@ def show_plan(name: str, overrides: list[str], cluster: str) -> None:
 def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     from regrowth.parallel.plan import AXES
     from regrowth.parallel.planner import clusters, load_cluster, predict
-    from regrowth.pretrain.growth.grow import build_operator
 
     known = clusters()
     if cluster not in known and not Path(cluster).exists():
@@ -67,8 +69,8 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     axes = " x ".join(f"{axis} {getattr(plan, axis)}" for axis in AXES if getattr(plan, axis) > 1) or "one process"
     console.print(f"{plan.world_size} ranks: {axes}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "
                   f"{config.loader.sequence_length} tokens, recompute {plan.recompute}; on {machine.name} ({machine.device})", soft_wrap=True)  # fmt: skip
-    shapes = [(0, model), *_grown(config, build_operator)]
-    table = Table("", *(f"step {start}: {shape.layers} layers" for start, shape in shapes))
+    shapes = [(0, model), *_grown(config)]
+    table = Table("", *(f"step {start}: {shape.layers} x {shape.width}" for start, shape in shapes))
     rows: dict[str, list[str]] = {}
     length = config.loader.sequence_length
     for _, shape in shapes:
@@ -90,8 +92,8 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     console.print(table)
 
 
-def _grown(config: "RunConfig", build_operator):  # type: ignore[no-untyped-def]
+def _grown(config: "RunConfig") -> "Iterator[tuple[int, ModelConfig]]":
     shape = config.model
     for event in config.growth:
-        shape = build_operator(event.op, factor=event.factor).grow_config(shape)
+        shape = event.configs(shape)[-1]
         yield event.at_step, shape

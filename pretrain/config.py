@@ -7,9 +7,10 @@ from pydantic import Field, field_validator, model_validator
 
 from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.mixing.config import Mixing, StaticMixing
-from regrowth.errors import nearest
+from regrowth.errors import UserError, nearest
 from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
+from regrowth.pretrain.growth.plan import GrowthPlan
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.safety import SafetyConfig
 from regrowth.settings import PlainName, Settings, find_recipe, load
@@ -85,12 +86,10 @@ class PrecisionConfig(Settings):
         return recipe if self.full_precision_last is None else replace(recipe, full_precision_last=self.full_precision_last)
 
 
-class GrowthEvent(Settings):
+class GrowthEvent(GrowthPlan):
     """Grow the model before step `at_step`."""
 
     at_step: Count
-    op: Literal["stack"] = "stack"
-    factor: Annotated[int, Field(ge=2)] = 2
 
 
 class CheckpointConfig(Settings):
@@ -161,14 +160,12 @@ class RunConfig(Settings):
 
     def _grown_shapes_fit(self) -> None:
         """The plan must fit every shape that the model will have."""
-        from regrowth.pretrain.growth.grow import build_operator
-
         model = self.model
         for event in self.growth:
-            model = build_operator(event.op, factor=event.factor).grow_config(model)
             try:
+                model = event.configs(model)[-1]
                 self.parallel.check_model(model, self.loader.sequence_length, self.loader.global_batch)
-            except ValueError as error:
+            except (ValueError, UserError) as error:
                 raise ValueError(f"after the growth at step {event.at_step}: {error}") from error
 
     def _blocks_divide(self) -> None:

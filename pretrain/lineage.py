@@ -52,7 +52,16 @@ class Lineage(Settings):
 
 
 def _spell(operator: dict[str, Any]) -> str:
-    rest = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in operator.items() if key != "op")
+    """An operator, or a chain of them with their settings, and which sizes it changed."""
+    settings = [
+        f"{key} {value}" for step in operator.get("operators", []) for key, value in step.items() if key != "op" and value not in (False, 0)
+    ]
+    sizes = [
+        f"{key} {size[0]:,} to {size[1]:,}"
+        for key, size in operator.items()
+        if isinstance(size, list) and key != "operators" and size[0] != size[1]
+    ]
+    rest = ", ".join(told.replace("_", " ") for told in settings + sizes)
     return f"{operator.get('op', '?')} ({rest})" if rest else str(operator.get("op", "?"))
 
 

@@ -25,7 +25,8 @@ from regrowth.pretrain.background import BackgroundSaver, Saved
 from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, prune, set_aside
 from regrowth.pretrain.config import GrowthEvent, RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
-from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
+from regrowth.pretrain.growth.grow import grow_checkpoint
+from regrowth.pretrain.growth.plan import GrowthPlan
 from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.memory import is_out_of_memory
 from regrowth.pretrain.memory import letter as memory_letter
@@ -308,9 +309,8 @@ class Trainer:
         self._evaluate(step, self.config.evaluation.sequences_per_domain)
         self._save(step, wait=True)
         source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
-        operator = build_operator(event.op, factor=event.factor)
         with patience(self.config.run.timeout_seconds):
-            on_first_rank(lambda: _grow_again(source, target, operator))
+            on_first_rank(lambda: _grow_again(source, target, event))
         self.session.close()
         del self.session  # free the small model before the large one is built
         self.session = Session(self.config, self.corpus, self.mesh, target)
@@ -319,8 +319,9 @@ class Trainer:
         self._event(
             "growth",
             step=step,
-            **operator.describe(),
+            **event.describe(),
             layers=[before.layers, after.layers],
+            width=[before.width, after.width],
             parameters=[before.parameters, after.parameters],
         )
         self._evaluate(step, self.config.evaluation.sequences_per_domain, note="after growth")
@@ -371,8 +372,8 @@ class Trainer:
             self.run.log("events", {"event": event, "time": time.time(), **details})
 
 
-def _grow_again(source: Path, target: Path, operator: Any) -> None:
+def _grow_again(source: Path, target: Path, plan: GrowthPlan) -> None:
     import shutil
 
     shutil.rmtree(target, ignore_errors=True)  # one that stands here was refused, or the run would have started from it
-    grow_checkpoint(source, target, operator)
+    grow_checkpoint(source, target, plan)

@@ -221,7 +221,7 @@ t.train(run.path, prepare(config.data).folder)
 
 def test_a_growth_that_fails_says_so_itself(documents: Path, tmp_path: Path) -> None:
     """The letter is of what failed, not of what the clearing away met."""
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 6}, growth=[{"at_step": 3, "op": "stack", "factor": 2}])
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 6}, growth=[{"at_step": 3}])
     program = f"""
 from regrowth.errors import UserError
 from regrowth.pretrain import train, trainer

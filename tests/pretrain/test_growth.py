@@ -11,14 +11,19 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
-from regrowth.pretrain.growth.grow import build_operator, grow_checkpoint
-from regrowth.pretrain.growth.operator import TensorName
-from regrowth.pretrain.growth.stack import Stack
+from regrowth.pretrain.growth.depth import Stack
+from regrowth.pretrain.growth.grow import grow_checkpoint
+from regrowth.pretrain.growth.names import TensorName
+from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.run_folder import RunFolder
 from tests.pretrain.helpers import Ranks, go, losses, new_run
 
-GROWING = {"growth": [{"at_step": 6, "op": "stack", "factor": 2}], "run": {"steps": 12}, "checkpoint": {"every": 4, "keep": 10}}
+GROWING = {
+    "growth": [{"at_step": 6, "operators": [{"op": "stack", "factor": 2}]}],
+    "run": {"steps": 12},
+    "checkpoint": {"every": 4, "keep": 10},
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +35,11 @@ def grown(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks
 def test_stacking_six_layers_to_twenty_four_repeats_them_in_order() -> None:
     config, stack = ModelConfig(layers=6), Stack(factor=4)
     assert stack.grow_config(config).layers == 24
-    sources = [stack.source(TensorName(i, "attn.wq.weight"), config).name.layer for i in range(24)]
-    assert sources == [0, 1, 2, 3, 4, 5] * 4
+    assert [layer for layer, _ in stack.sources(6)] == [0, 1, 2, 3, 4, 5] * 4
+    assert [layer for layer, _ in Stack(layers=8).sources(6)] == [0, 1, 2, 3, 4, 5, 0, 1], "also where it does not come out even"
     for name in ("embed.weight", "norm.weight", "head.weight"):
-        assert str(stack.source(TensorName.parse(name), config).name) == name
+        (term,) = stack.terms(TensorName.parse(name), config, stack.grow_config(config))
+        assert str(term.source) == name
     assert str(TensorName.parse("layers.11.ffn.w_up.weight").at_layer(3)) == "layers.3.ffn.w_up.weight"
 
 
@@ -62,7 +68,7 @@ def test_growth_is_in_the_log_the_lineage_and_the_schedule(grown: RunFolder) -> 
     state, _, _ = load_plain(list_checkpoints(grown.path)[-1])
     (parent,) = state.lineage.parents
     assert parent.id == verify(grown.path / "checkpoints/step-000006")["id"]
-    assert parent.operator == {"op": "stack", "factor": 2, "from_layers": 2, "to_layers": 4}
+    assert parent.operator["operators"] == [{"op": "stack", "factor": 2, "zero_copies": False}] and parent.operator["layers"] == [2, 4]
     assert "grown by stack" in "\n".join(state.lineage.lines())
     small, large = (c.train_flops_per_token(64) for c in (state.model.model_copy(update={"layers": 2}), state.model))
     tokens = [row["tokens"] for row in rows]
@@ -101,15 +107,15 @@ def test_a_damaged_grown_checkpoint_is_grown_again(grown: RunFolder, corpus: Cor
 
 
 def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp_path: Path) -> None:
-    grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", Stack(2))
+    grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", GrowthPlan())
     assert verify(tmp_path / "out")["id"] == verify(grown.path / "checkpoints/step-000006-grown")["id"]
     with pytest.raises(UserError, match="growing never overwrites"):
-        grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", Stack(2))
+        grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", GrowthPlan())
 
 
 def test_an_unknown_operator_is_named() -> None:
-    with pytest.raises(UserError, match=r'"stak": no such operator; did you mean "stack"\?'):
-        build_operator("stak")
+    with pytest.raises(UserError, match=r'op = "stak": no such op; did you mean "stack"\?'):
+        plan_of({"op": "stak"}, "here")
 
 
 def test_a_run_grows_under_any_plan_as_on_one_process(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:

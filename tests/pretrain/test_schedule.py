@@ -85,10 +85,16 @@ def test_all_faults_are_told_at_once() -> None:
 def test_overrides_are_toml_and_lie_over_the_file() -> None:
     config = load_config(
         "quickstart",
-        ["optimizer.lr=1e-4", "run.name=mine", 'mixing={policy="static", weights="uniform"}', "growth.0.factor=3", "model.tied=false"],
+        [
+            "optimizer.lr=1e-4",
+            "run.name=mine",
+            'mixing={policy="static", weights="uniform"}',
+            "growth.0.operators.0.factor=3",
+            "model.tied=false",
+        ],
     )
     assert config.optimizer.lr == 1e-4 and config.run.name == "mine" and config.mixing.policy == "static"
-    assert config.growth[0].factor == 3 and config.growth[0].at_step == 240 and config.model.tied is False
+    assert config.growth[0].model_dump()["operators"][0]["factor"] == 3 and config.growth[0].at_step == 240 and config.model.tied is False
     assert parse_overrides(["a.b=[1, 2]", "a.c=x y"]) == {"a": {"b": [1, 2], "c": "x y"}}
 
 
