@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from rich.console import Console
@@ -14,9 +15,10 @@ from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.errors import RegrowthError, UserError, need
 from regrowth.launch.training import tokenizer_of
 from regrowth.pretrain.build import build_model
-from regrowth.pretrain.checkpoint import load_plain, newest_whole, read_state, verify
+from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, newest_whole, read_state, verify
 from regrowth.pretrain.convert import export_hf
 from regrowth.pretrain.evaluate import BytesReport, heldout, to_tensors
+from regrowth.pretrain.growth.average import Kind, average_checkpoints
 from regrowth.pretrain.growth.grow import grow_checkpoint
 from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
 from regrowth.pretrain.lineage import read_lineage
@@ -97,6 +99,24 @@ def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, d
     grow_checkpoint(source, target, growth)
     console.print(f"{target}: {after.layers} layers, {after.parameters:,} parameters", soft_wrap=True)
     console.print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
+
+
+def average(paths: list[Path], out: Path, last: int | None, kind: str, decay: float) -> None:
+    """The `average` command.
+
+    Raises:
+        UserError: an unknown kind, a run without --last, or checkpoints that cannot be averaged.
+    """
+    if kind not in get_args(Kind):
+        raise UserError(f"--kind {kind}: no such average; choose {' or '.join(get_args(Kind))}.")
+    if last is not None:
+        if len(paths) != 1 or not (paths[0] / "config.toml").exists():
+            raise UserError("--last takes the newest checkpoints of one run: name its folder, and nothing else.")
+        paths = list_checkpoints(paths[0])[-last:]
+    elif runs := [path for path in paths if (path / "config.toml").exists()]:
+        raise UserError(f"{runs[0]}: a run's folder; say with --last how many of its checkpoints, or name checkpoints.")
+    made = average_checkpoints(paths, out, cast("Kind", kind), decay)
+    Console().print(f"{out}: {kind} average of {len(paths)} checkpoints, {made.model.parameters:,} parameters", soft_wrap=True)
 
 
 def convert(path: Path, out: Path, to: str) -> None:

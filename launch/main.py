@@ -105,6 +105,20 @@ def grow(
 
 
 @app.command()
+def average(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one model, oldest first; or a run's folder with --last.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    last: Annotated[int | None, typer.Option(help="Of a run: how many of its newest checkpoints.", min=2)] = None,
+    kind: Annotated[str, typer.Option(help="uniform, or ema (exponential in their order).")] = "uniform",
+    decay: Annotated[float, typer.Option(help="Of an exponential average.", min=0.0, max=1.0)] = 0.9,
+) -> None:
+    """Average checkpoints of one model into one."""
+    from regrowth.launch.checkpoints import average as go
+
+    go(checkpoints, out, last, kind, decay)
+
+
+@app.command()
 def convert(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],

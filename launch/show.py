@@ -70,7 +70,7 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     console.print(f"{plan.world_size} ranks: {axes}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "
                   f"{config.loader.sequence_length} tokens, recompute {plan.recompute}; on {machine.name} ({machine.device})", soft_wrap=True)  # fmt: skip
     shapes = [(0, model), *_grown(config)]
-    table = Table("", *(f"step {start}: {shape.layers} x {shape.width}" for start, shape in shapes))
+    table = Table("", *(f"step {start}: {shape.layers} layers, width {shape.width}" for start, shape in shapes))
     rows: dict[str, list[str]] = {}
     length = config.loader.sequence_length
     for _, shape in shapes:

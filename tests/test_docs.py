@@ -25,7 +25,8 @@ def commands(page: Path) -> list[list[str]]:
 def small_run(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small config and its finished run, which stand in for the quickstart's."""
     folder = tmp_path_factory.mktemp("docs")
-    write_config(folder / "small.toml", documents, folder, parallel={"dp_shard": 2, "micro_batch": 2}, run={"steps": 4})
+    write_config(folder / "small.toml", documents, folder, parallel={"dp_shard": 2, "micro_batch": 2}, run={"steps": 4},
+                 checkpoint={"every": 2})  # fmt: skip
     done = regrowth("train", folder / "small.toml")
     assert done.returncode == 0, done.stderr
     return folder / "small.toml", only_run(folder).path

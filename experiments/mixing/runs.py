@@ -2,7 +2,7 @@
 
 A seed fixes the initial weights and the order of every domain's sequences; policies differ in nothing but the draws. Every run is a run of the
 trainer, in its own folder below `--out`, one core each: stop the program whenever you like, it goes on with what is not done. `--table` prints what
-there is. UniMax is not run: 2M tokens are not one epoch of any of these domains, so that its cap holds nothing and it is the uniform mixture.
+there is. What is finished is also written to `--results`, a small file that goes on in another place where the runs' folders are not. UniMax is not run: 2M tokens are not one epoch of any of these domains, so that its cap holds nothing and it is the uniform mixture.
 
     python experiments/mixing/runs.py --out mixing_runs --seeds 5
     python experiments/mixing/runs.py --out mixing_runs --table
@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from regrowth.data_pipeline.prepare import prepare
+from regrowth.files import fingerprint, read_json, write_json
 from regrowth.launch.training import run_training
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -74,9 +75,10 @@ def train(out: Path, policy: str, seed: int) -> None:
     run_training(config(out, policy, seed), Console(), there[-1] if there else None)
 
 
-def train_all(out: Path, seeds: int, at_once: int) -> None:
+def train_all(out: Path, results: Path, seeds: int, at_once: int) -> None:
     """What is not finished, seed by seed, so that every policy has as many; each in a process of its own, which writes to a log."""
-    wanted = [(policy, seed) for seed in range(seeds) for policy in POLICIES if not any(run.finished for run in runs(out, policy, seed))]
+    done = gather(out, results, seeds)
+    wanted = [(policy, seed) for seed in range(seeds) for policy in POLICIES if f"{policy}-{seed}" not in done]
     if not wanted:
         return
     data = config(out, *wanted[0]).data
@@ -95,12 +97,23 @@ def train_all(out: Path, seeds: int, at_once: int) -> None:
                 print(f"{which[0]}, seed {which[1]}: ended with exit code {code}; see {out / 'logs'}")
 
 
-def scores(out: Path, policy: str, seed: int) -> dict[int, dict[str, float]] | None:
-    """Nats per token by domain at each evaluation of a finished run."""
-    run = next((run for run in runs(out, policy, seed) if run.finished), None)
-    if run is None:
-        return None
-    return {row["step"]: {domain: s["loss"] for domain, s in row["domains"].items()} for row in run.rows("evaluations")}
+def gather(out: Path, results: Path, seeds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """The curves of all finished runs, by name: nats per token by domain at each evaluation. What is new is added to the results file."""
+    stored = read_json(results) if results.exists() else {}
+    for seed, policy in itertools.product(range(seeds), POLICIES):
+        run = next((run for run in runs(out, policy, seed) if run.finished), None)
+        if run is not None:
+            curve = {
+                str(row["step"]): {domain: round(s["loss"], 5) for domain, s in row["domains"].items()} for row in run.rows("evaluations")
+            }
+            stored[f"{policy}-{seed}"] = {"config": of_config(policy, seed), "curve": curve}
+    write_json(results, stored)
+    return {name: entry["curve"] for name, entry in stored.items() if entry["config"] == of_config(*name.rsplit("-", 1))}
+
+
+def of_config(policy: str, seed: int | str) -> str:
+    """A hash of a run's config, wherever it lies."""
+    return fingerprint(config(Path("anywhere"), policy, int(seed)).model_dump(mode="json", exclude={"data": {"sources"}}))
 
 
 def macro(losses: dict[str, float]) -> float:
@@ -117,25 +130,25 @@ def confidence(differences: list[float]) -> str:
     return f"{np.mean(differences):+.4f} ± {t * np.std(differences, ddof=1) / math.sqrt(n):.4f}"
 
 
-def steps_to(curve: dict[int, dict[str, float]], loss: float) -> float:
+def steps_to(curve: dict[str, dict[str, float]], loss: float) -> float:
     """The step at which a curve of macro losses first comes to a loss, between evaluations in a straight line; infinite if it never does."""
-    points = [(step, macro(losses)) for step, losses in sorted(curve.items())]
+    points = sorted((int(step), macro(losses)) for step, losses in curve.items())
     for (a, high), (b, low) in itertools.pairwise(points):
         if low <= loss:
             return b if high <= loss else a + (b - a) * (high - loss) / (high - low)
     return math.inf
 
 
-def show(out: Path, seeds: int) -> None:
+def show(curves_of: dict[str, dict[str, dict[str, float]]], seeds: int) -> None:
     """The table: macro loss, paired differences to natural, steps to the best static mix's final loss, perplexity by domain."""
     console = Console(width=150)
-    found = {policy: [scores(out, policy, seed) for seed in range(seeds)] for policy in POLICIES}
+    found = {policy: [curves_of.get(f"{policy}-{seed}") for seed in range(seeds)] for policy in POLICIES}
     paired = [seed for seed in range(seeds) if all(found[policy][seed] for policy in POLICIES)]
     if not paired:
         console.print("no seed is finished for all policies yet.")
         return
     curves = {policy: [curve for seed in paired if (curve := found[policy][seed])] for policy in POLICIES}
-    final = {policy: [max(curve.items())[1] for curve in curves[policy]] for policy in POLICIES}
+    final = {policy: [curve[str(STEPS)] for curve in curves[policy]] for policy in POLICIES}
     best = min(STATIC, key=lambda policy: float(np.mean([macro(losses) for losses in final[policy]])))
     table = Table(
         "policy",
@@ -165,6 +178,7 @@ def main() -> None:
     """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("mixing_runs"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[2] / "docs/results/mixing_runs.json")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="train nothing")
@@ -177,8 +191,8 @@ def main() -> None:
         train(arguments.out, arguments.run[0], int(arguments.run[1]))
         return
     if not arguments.table:
-        train_all(arguments.out, arguments.seeds, arguments.at_once)
-    show(arguments.out, arguments.seeds)
+        train_all(arguments.out, arguments.results, arguments.seeds, arguments.at_once)
+    show(gather(arguments.out, arguments.results, arguments.seeds), arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,12 @@ def test_help_imports_nothing_heavy() -> None:
         (["convert", "/nonexistent", "out"], "there is no such checkpoint folder"),
         (["convert", "/nonexistent", "out", "--to", "gguf"], 'writes "hf"'),
         (["grow", "/nonexistent"], "there is no such checkpoint folder"),
-        (["grow", "/nonexistent", "--op", "stak"], "there is no such checkpoint folder"),
+        (["grow", "/nonexistent", "op=stak"], 'op = "stak": no such op; did you mean "stack"?'),
+        (["grow", "/nonexistent", "op=stack", "width=3"], 'unknown key "operators.0.width"'),
+        (["grow", "/nonexistent", "op=stack", "--plan", "p.toml"], "the operators stand in it"),
+        (["average", "/nonexistent", "--out", "x"], "1 checkpoint given; name two or more"),
+        (["average", "/nonexistent", "--out", "x", "--kind", "median"], "choose uniform or ema"),
+        (["average", "/nonexistent", "--out", "x", "--last", "3"], "name its folder"),
         (["report", "/nonexistent"], "not a run's folder"),
         (["plan", "quickstart", "--cluster", "lapto"], 'did you mean "laptop"?'),
         (["generate", "/nonexistent"], "there is no such checkpoint folder"),
@@ -106,11 +111,18 @@ def test_the_whole_way_on_the_command_line(
     assert code == 0 and (tmp_path / "hf/model.safetensors").exists() and (tmp_path / "hf/tokenizer.json").exists()
     code, output = call(capsys, monkeypatch, "convert", run.path, tmp_path / "hf")
     assert code == 2 and "an export never overwrites" in one_letter(output)
-    code, output = call(capsys, monkeypatch, "grow", run.path, "--factor", "3", "--out", tmp_path / "grown")
+    code, output = call(capsys, monkeypatch, "grow", run.path, "op=hyperclone", "--dry-run")
+    assert code == 0 and "keeps the function" in output and "would write" in output and not (run.path / "grown").exists()
+    (chain := tmp_path / "chain.toml").write_text('moments = "zero"\n[[operators]]\nop = "interpose"\n[[operators]]\nop = "hyperclone"\n')
+    code, output = call(capsys, monkeypatch, "grow", run.path, "--plan", chain, "--out", tmp_path / "chained")
+    assert code == 0 and "interpose + hyperclone: changes the function" in output
+    code, output = call(capsys, monkeypatch, "lineage", tmp_path / "chained")
+    assert code == 0 and "grown by interpose + hyperclone (factor 2, factor 2, layers 4 to 8, width 32 to 64" in output, output
+    code, output = call(capsys, monkeypatch, "grow", run.path, "factor=3", "--out", tmp_path / "grown")
     assert code == 0 and "12 layers" in output
     before = sorted(run.path.glob("checkpoints/*"))
     code, output = call(capsys, monkeypatch, "grow", run.path)
-    assert code == 0 and (run.path / "grown/step-000008-stack2/manifest.json").exists()
+    assert code == 0 and len(list(run.path.glob("grown/step-000008-stack-*/manifest.json"))) == 1
     assert sorted(run.path.glob("checkpoints/*")) == before, "growing offline leaves the run as it is"
     again = ["train", config, "run.name=again", f"run.start_from={tmp_path / 'grown'}", "growth=[]", "run.steps=4"]
     code, output = call(capsys, monkeypatch, *again)

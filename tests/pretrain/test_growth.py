@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
+from regrowth.pretrain.growth.average import average_checkpoints, shares
 from regrowth.pretrain.growth.depth import Stack
 from regrowth.pretrain.growth.grow import grow_checkpoint
 from regrowth.pretrain.growth.names import TensorName
@@ -111,6 +113,28 @@ def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp
     assert verify(tmp_path / "out")["id"] == verify(grown.path / "checkpoints/step-000006-grown")["id"]
     with pytest.raises(UserError, match="growing never overwrites"):
         grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", GrowthPlan())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("uniform", [1 / 3, 1 / 3, 1 / 3]), ("ema", [0.25, 0.25, 0.5])])
+def test_checkpoints_are_averaged(kind: Any, expected: list[float], grown: RunFolder, tmp_path: Path) -> None:
+    sources = [grown.path / f"checkpoints/{name}" for name in ("step-000006-grown", "step-000008", "step-000012")]
+    assert shares(kind, 3, 0.5) == pytest.approx(expected)
+    average_checkpoints(sources, tmp_path / "mean", kind, 0.5)
+    state, weights, moments = load_plain(tmp_path / "mean")
+    whole = [load_plain(path) for path in sources]
+    for name, tensor in weights.items():
+        assert_allclose(tensor, sum(share * w[name] for share, (_, w, _) in zip(expected, whole, strict=True)), rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(moments[name], whole[-1][2][name]) for name in moments) and state.loader == whole[-1][0].loader
+    told = "\n".join(state.lineage.lines())
+    assert told.count(f"averaged by {kind} average (weight") == 3 and "grown by stack" in told
+    for paths, why in (
+        (sources[:1], "1 checkpoint given; name two or more"),
+        ([grown.path / "checkpoints/step-000006", sources[0]], "its model has another shape or config"),
+    ):
+        with pytest.raises(UserError, match=why):
+            average_checkpoints(paths, tmp_path / "not")
+    with pytest.raises(UserError, match="averaging never overwrites"):
+        average_checkpoints(sources, tmp_path / "mean")
 
 
 def test_an_unknown_operator_is_named() -> None:
