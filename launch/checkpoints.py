@@ -7,7 +7,7 @@ from typing import cast, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from regrowth.data_pipeline.corpus import Corpus
@@ -71,7 +71,7 @@ def load_model(checkpoint: Path) -> Transformer:
     return model.eval()
 
 
-def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, dry_run: bool) -> None:
+def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, workers: int, dry_run: bool) -> None:
     """The `grow` command.
 
     Raises:
@@ -96,7 +96,9 @@ def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, d
     )
     if dry_run:
         return console.print(f"would write {target}", soft_wrap=True)
-    grow_checkpoint(source, target, growth)
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("growing", total=None)
+        grow_checkpoint(source, target, growth, workers, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(f"{target}: {after.layers} layers, {after.parameters:,} parameters", soft_wrap=True)
     console.print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
 

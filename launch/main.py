@@ -96,12 +96,13 @@ def grow(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A TOML file with a chain of [[operators]].")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the grown checkpoint goes; default: `grown/` in the run's folder.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes; 0: as many as the size is worth.", min=0)] = 0,
     dry_run: DryRun = False,
 ) -> None:
     """Grow a checkpoint into a larger model's start."""
     from regrowth.launch.checkpoints import grow as go
 
-    go(checkpoint, settings or [], plan, out, dry_run)
+    go(checkpoint, settings or [], plan, out, workers, dry_run)
 
 
 @app.command()

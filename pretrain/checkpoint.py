@@ -80,7 +80,7 @@ def save_checkpoint(
         # What fails on one rank inside of these comes to all of them as one CheckpointException (which is no Exception).
         files = {f"{kind}/{file.name}": file for kind, tensors in (("model", weights), ("optimizer", moments))
                  for file in _save_tensors(folder / kind, tensors, alone, group)}  # fmt: skip
-        return once(lambda: _finish(folder, path, state, files))
+        return once(lambda: finish(folder, path, state, files))
     except (Exception, CheckpointException) as error:
         raise _write_failure(path, error) from error
     finally:
@@ -93,11 +93,21 @@ def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict
         shutil.rmtree(old, ignore_errors=True)
     for name in ("model", "optimizer"):
         (partial / name).mkdir(parents=True)
-    needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
-    free = shutil.disk_usage(partial).free
-    if needed > free:
+    try:
+        check_room(partial, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
+    except RunFailed:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunFailed(f"{disk_full_message(partial.parent)} This checkpoint needs {needed / 2**20:.1f} MiB.")
+        raise
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Whether `needed` bytes fit on the disk.
+
+    Raises:
+        RunFailed: they do not.
+    """
+    if needed > shutil.disk_usage(folder).free:
+        raise RunFailed(f"{disk_full_message(folder.parent)} This checkpoint needs {needed / 2**20:.1f} MiB.")
 
 
 def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, group: dist.ProcessGroup | None) -> list[TensorFile]:
@@ -109,7 +119,8 @@ def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, g
     return writer.files
 
 
-def _finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, TensorFile]) -> str:
+def finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, TensorFile]) -> str:
+    """Make a checkpoint of a folder that has all tensor files: the small files, the manifest last, then the rename. Returns its id."""
     parts = {"model": state.model.model_dump(), "loader": state.loader, "trainer": state.trainer, "lineage": state.lineage.model_dump()}
     small = [_dump(partial / f"{name}.json", value) for name, value in parts.items()]
     sums = {name: {"size": file.size, "sha256": file.sha256} for name, file in sorted(files.items())}

@@ -2,17 +2,19 @@
 
 torch's own writer for this format builds a whole file as one string of bytes first: twice the state in memory, and seconds in which no other Python
 thread runs, the training loop's among them. Here every tensor goes from its buffer to the file in pieces, is hashed on the way by the rank that
-writes it, and the lock of the interpreter is free meanwhile. Reading is torch's.
+writes it, and the lock of the interpreter is free meanwhile. Reading is torch's, but where one tensor at a time is wanted.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -60,7 +62,8 @@ class StreamedWriter(HuggingFaceStorageWriter):
                 tensors[item.index.fqn] = planner.resolve_data(item).detach()
                 places[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
             name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            file = write_safetensors(self.folder / name, tensors, places)
+            specs = {fqn: TensorSpec(tensor.dtype, tensor.shape) for fqn, tensor in tensors.items()}
+            file = write_safetensors(self.folder / name, specs, tensors.__getitem__, places)
             results.append(WriteResult(index=plan.items[0].index, size_in_bytes=file.size, storage_data=file))
         future.set_result(results)
         return future
@@ -70,8 +73,53 @@ class StreamedWriter(HuggingFaceStorageWriter):
         self.files = [result.storage_data for of_rank in results for result in of_rank]
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], places: dict[str, Any]) -> TensorFile:
-    """Write and sync one file.
+class TensorSpec(NamedTuple):
+    """What a file's header says of a tensor before its bytes are there."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class TensorReader:
+    """Whole tensors of a checkpoint's `model/` or `optimizer/`, read one at a time whatever the files they were cut into.
+
+    Raises (when called):
+        KeyError: there is no such tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._parts: dict[str, list[tuple[Path, list[int], list[int]]]] = {}  # file, place in the whole tensor, shape
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+                for name in file.keys():  # noqa: SIM118 - no dict
+                    self._parts.setdefault(name, []).append((path, places[name]["saved_offsets"], file.get_slice(name).get_shape()))
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU."""
+        parts = self._parts[name]
+        if len(parts) == 1:
+            with safe_open(parts[0][0], "pt") as file:
+                return file.get_tensor(name)
+        ends = [[begin + size for begin, size in zip(place, shape, strict=True)] for _, place, shape in parts]
+        whole: torch.Tensor | None = None
+        for path, place, shape in parts:
+            with safe_open(path, "pt") as file:
+                part = file.get_tensor(name)
+            if whole is None:
+                whole = torch.empty([max(dim) for dim in zip(*ends, strict=True)], dtype=part.dtype)
+            whole[tuple(slice(begin, begin + size) for begin, size in zip(place, shape, strict=True))] = part
+        assert whole is not None
+        return whole
+
+
+def write_safetensors(path: Path, specs: dict[str, TensorSpec], get: Callable[[str], torch.Tensor], places: dict[str, Any]) -> TensorFile:
+    """Write and sync one file; a tensor is asked for when its turn comes, and let go then.
 
     Args:
         places: where each tensor lies in the whole one, as torch's reader wants to be told.
@@ -79,9 +127,9 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], places: dict
     metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, spec in specs.items():
+        begin, end = end, end + spec.size
+        header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     whole, parts = hashlib.sha256(), []
@@ -89,8 +137,10 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], places: dict
         for piece in (len(text).to_bytes(8, "little"), text):
             whole.update(piece)
             stream.write(piece)
-        for name, tensor in tensors.items():
+        for name, spec in specs.items():
             digest = hashlib.sha256()
+            tensor = get(name)
+            assert (tensor.dtype, tensor.shape) == spec, f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}"
             data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for begin in range(0, len(data), _PIECE):
                 piece = data[begin : begin + _PIECE]

@@ -1,44 +1,142 @@
 """Growing a checkpoint into a checkpoint. Growth inside a run is the same path: checkpoint -> grow -> rebuild.
 
-The whole state is held in memory once as source and once as target, on one process.
+Tensor by tensor, in streams: a worker holds a target tensor and what it is made of, and no more. Target files are small enough for several workers to share them;
+each is noted when it stands, so that a growth that was killed goes on with those that are missing.
 """
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from regrowth.errors import UserError
-from regrowth.pretrain.checkpoint import CheckpointState, canonical_shapes, has_moments, load_plain, save_checkpoint, verify
+from regrowth.files import exclusive, read_json, write_json
+from regrowth.pretrain.checkpoint import CheckpointState, canonical_shapes, check_room, finish, has_moments, read_state, verify
 from regrowth.pretrain.growth.names import TensorName
-from regrowth.pretrain.growth.operator import GrowthOperator, Moments
+from regrowth.pretrain.growth.operator import GrowthOperator
 from regrowth.pretrain.growth.plan import GrowthPlan
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.tensor_files import TensorFile, TensorReader, TensorSpec, write_safetensors
+
+Read = Callable[[str], torch.Tensor]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+_FILE_BYTES = 1 << 30
+_ALONE_BELOW = 256 << 20  # bytes of target that are not worth starting processes for
 
 
-def grow_checkpoint(source: Path, target: Path, plan: GrowthPlan) -> CheckpointState:
+def grow_checkpoint(
+    source: Path, target: Path, plan: GrowthPlan, workers: int = 0, progress: Progress = lambda done, total: None
+) -> CheckpointState:
     """Grow the checkpoint at `source` into a new one at `target`; returns the new state.
 
+    Args:
+        workers: processes; 0: as many as the size is worth, at most one a core.
+
     Raises:
-        UserError: `source` is refused, `target` exists, or an operator does not fit.
+        UserError: `source` is refused, `target` exists, an operator does not fit, or another process is growing to the same place.
+        RunFailed: the disk is full; what is done stays, and the same growth goes on from it.
     """
     if target.exists():
         raise UserError(f"{target}: exists already; growing never overwrites. Remove it or choose another output.")
-    state, weights, moments = load_plain(source)
-    identity = verify(source)["id"]
-    config, *_ = shapes = plan.configs(state.model)
-    for operator in plan.operators:
-        config, weights, moments = grow_state(operator, config, weights, moments, plan.moments, plan.seed)
-    sizes = {
-        "layers": [shapes[0].layers, config.layers],
-        "width": [shapes[0].width, config.width],
-        "parameters": [shapes[0].parameters, config.parameters],
-    }
-    lineage = state.lineage.grown(identity, {**plan.describe(), **sizes})
-    trainer = {**state.trainer, "guard": {}}  # losses of the smaller model are no measure for the larger one
-    grown = CheckpointState(config, lineage, state.loader, trainer)
-    save_checkpoint(target, weights, moments, grown, alone=True)
+    identity, state = verify(source)["id"], read_state(source)
+    shapes = plan.configs(state.model)
+    partial = target.with_name(f".{target.name}.growing")
+    partial.mkdir(parents=True, exist_ok=True)
+    with exclusive(partial / ".lock", f"{target}: another process is growing to this place. Wait for it, or choose another output."):
+        files = _grow_files(source, partial, plan, state.model, identity, workers, progress)
+        sizes = {key: [getattr(shapes[0], key), getattr(shapes[-1], key)] for key in ("layers", "width", "parameters")}
+        lineage = state.lineage.grown(identity, {**plan.describe(), **sizes})
+        trainer = {**state.trainer, "guard": {}}  # losses of the smaller model are no measure for the larger one
+        grown = CheckpointState(shapes[-1], lineage, state.loader, trainer)
+        for note in (partial / "growing.json", partial / ".lock", *partial.glob("*/*.done")):
+            note.unlink(missing_ok=True)
+        finish(partial, target, grown, files)
     return grown
+
+
+def _grow_files(
+    source: Path, partial: Path, plan: GrowthPlan, config: ModelConfig, identity: str, workers: int, progress: Progress
+) -> dict[str, TensorFile]:
+    begun = {"source": identity, "plan": plan.describe()}
+    note = partial / "growing.json"
+    if note.exists() and read_json(note) != begun:  # of another growth
+        for kind in ("model", "optimizer"):
+            shutil.rmtree(partial / kind, ignore_errors=True)
+    write_json(note, begun)
+    for kind in ("model", "optimizer"):
+        (partial / kind).mkdir(exist_ok=True)
+    jobs = _jobs(plan.configs(config)[-1])
+    total = sum(spec.size for specs in jobs.values() for spec in specs.values())
+    missing = {name: specs for name, specs in jobs.items() if not (partial / f"{name}.done").exists()}
+    left = sum(spec.size for specs in missing.values() for spec in specs.values())
+    check_room(partial, left)
+    done = total - left
+    tasks = [(source, partial, plan, config, name) for name in missing]
+    alone = left < _ALONE_BELOW if not workers else workers == 1
+    if alone or not tasks:
+        for task in tasks:
+            done += _grow_file(*task)
+            progress(done, total)
+    else:
+        with ProcessPoolExecutor(workers or os.cpu_count() or 1, get_context("spawn")) as pool:
+            for size in pool.map(_grow_file, *zip(*tasks, strict=True)):
+                done += size
+                progress(done, total)
+    return {name: TensorFile(**read_json(partial / f"{name}.done")) for name in jobs}
+
+
+def _jobs(config: ModelConfig) -> dict[str, dict[str, TensorSpec]]:
+    """The files of a target, by name: which tensors go into each."""
+    weights = {name: TensorSpec(torch.float32, shape) for name, shape in canonical_shapes(config).items()}
+    moments = {f"{name}.{m}": spec for name, spec in weights.items() if has_moments(name) for m in ("exp_avg", "exp_avg_sq")}
+    jobs: dict[str, dict[str, TensorSpec]] = {}
+    for kind, specs in (("model", weights), ("optimizer", moments)):
+        number, size = 0, 0
+        for name, spec in specs.items():
+            if size and size + spec.size > _FILE_BYTES:
+                number, size = number + 1, 0
+            size += spec.size
+            jobs.setdefault(f"{kind}/shard-{number:05d}-model-00001-of-00001.safetensors", {})[name] = spec
+    return jobs
+
+
+def _grow_file(source: Path, partial: Path, plan: GrowthPlan, config: ModelConfig, name: str) -> int:
+    """Write one file and note that it stands; returns its bytes."""
+    specs = _jobs(plan.configs(config)[-1])[name]
+    read = grown_reader(plan, config, TensorReader(source / name.split("/")[0]))
+    places = {tensor: {"saved_offsets": [0] * len(spec.shape)} for tensor, spec in specs.items()}
+    file = write_safetensors(partial / name, specs, read, places)
+    write_json(partial / f"{name}.done", asdict(file))
+    return sum(spec.size for spec in specs.values())
+
+
+def grown_reader(plan: GrowthPlan, config: ModelConfig, read: Read) -> Read:
+    """Gives the target's tensors by name, made when they are asked for.
+
+    Args:
+        config: the source model's.
+        read: gives the source's: weights by canonical name, moments with `.exp_avg` or `.exp_avg_sq` behind it.
+    """
+    for operator, before, after in zip(plan.operators, shapes := plan.configs(config), shapes[1:], strict=False):
+        read = _one_step(operator, before, after, read, plan.seed)
+    if plan.moments == "carry":
+        return read
+    sizes, carried = canonical_shapes(shapes[-1]), read
+    return lambda name: torch.zeros(sizes[_split(name)[0]]) if _split(name)[1] else carried(name)
+
+
+def _one_step(operator: GrowthOperator, before: ModelConfig, after: ModelConfig, read: Read, seed: int) -> Read:
+    sizes = canonical_shapes(after)
+    kept = lru_cache(maxsize=2)(read)  # terms of one target often share a source
+    return lambda name: grow_tensor(operator, name, sizes[_split(name)[0]], before, after, kept, seed)
 
 
 def grow_tensor(
@@ -47,7 +145,7 @@ def grow_tensor(
     shape: torch.Size,
     config: ModelConfig,
     grown: ModelConfig,
-    read: Callable[[str], torch.Tensor],
+    read: Read,
     seed: int = 0,
 ) -> torch.Tensor:
     """A target weight, or with `.exp_avg` or `.exp_avg_sq` behind its name a moment.
@@ -62,36 +160,8 @@ def grow_tensor(
     def source(of: TensorName) -> torch.Tensor:
         return read(f"{of}{ending}")
 
-    parts = [term.moments(source, ending == ".exp_avg_sq") if ending else term.weights(source, seed) for term in terms]
+    parts = (term.moments(source, ending == ".exp_avg_sq") if ending else term.weights(source, seed) for term in terms)
     return _combine(shape, torch.float32, parts, name)
-
-
-def grow_state(
-    operator: GrowthOperator,
-    config: ModelConfig,
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
-    carry: Moments = "carry",
-    seed: int = 0,
-) -> tuple[ModelConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The target's config, weights and moments.
-
-    Args:
-        config: the source model's.
-        weights: canonical name -> tensor.
-        moments: `{canonical name}.exp_avg` and `.exp_avg_sq` -> tensor.
-        carry: whether moments follow their weights by the operator's rule, or begin at zero.
-    """
-    grown = operator.grow_config(config)
-    new_weights, new_moments = {}, {}
-    for name, shape in canonical_shapes(grown).items():
-        new_weights[name] = grow_tensor(operator, name, shape, config, grown, weights.__getitem__, seed)
-        for moment in (f"{name}.exp_avg", f"{name}.exp_avg_sq") if has_moments(name) else ():
-            zero = carry == "zero"
-            new_moments[moment] = (
-                torch.zeros(shape) if zero else grow_tensor(operator, moment, shape, config, grown, moments.__getitem__, seed)
-            )
-    return grown, new_weights, new_moments
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -101,11 +171,11 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _combine(shape: torch.Size, dtype: torch.dtype, parts: list[torch.Tensor | None], name: str) -> torch.Tensor:
+def _combine(shape: torch.Size, dtype: torch.dtype, parts: Iterable[torch.Tensor | None], name: str) -> torch.Tensor:
     """The sum of the parts, zeros if there are none."""
-    total = torch.zeros(shape, dtype=dtype)
+    total: Any = None
     for part in parts:
         if part is not None:
             assert part.shape == shape, f"{name}: {tuple(part.shape)} is not {tuple(shape)}"
-            total += part
-    return total
+            total = part.to(dtype) if total is None else total + part
+    return torch.zeros(shape, dtype=dtype) if total is None else total

@@ -41,7 +41,7 @@ class Axis:
         factor = np.where(self.index >= 0, factor, 0.0)
         if (factor == 1).all():
             return picked
-        return picked * torch.from_numpy(factor).to(tensor.dtype).view([-1 if d == dim else 1 for d in range(tensor.ndim)])
+        return picked.mul_(torch.from_numpy(factor).to(tensor.dtype).view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
 
 
 def pick(index: Sequence[int] | np.ndarray, scale: float | np.ndarray = 1.0, gradient: float = 1.0) -> Axis:

@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
+from regrowth.pretrain.growth import grow as grow_module
 from regrowth.pretrain.growth.average import average_checkpoints, shares
 from regrowth.pretrain.growth.depth import Stack
 from regrowth.pretrain.growth.grow import grow_checkpoint
@@ -113,6 +114,46 @@ def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp
     assert verify(tmp_path / "out")["id"] == verify(grown.path / "checkpoints/step-000006-grown")["id"]
     with pytest.raises(UserError, match="growing never overwrites"):
         grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", GrowthPlan())
+
+
+def test_several_workers_and_a_growth_that_was_killed_come_to_the_same(
+    grown: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = grown.path / "checkpoints/step-000006"
+    plan = plan_of({"op": "hyperclone", "noise": 0.1}, "here")
+    grow_checkpoint(source, tmp_path / "one", plan)
+    monkeypatch.setattr(grow_module, "_FILE_BYTES", 20_000)  # many files
+    told: list[tuple[int, int]] = []
+
+    def die(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grow_checkpoint(source, tmp_path / "two", plan, progress=die)
+    assert not (tmp_path / "two").exists() and len(list((tmp_path / ".two.growing").glob("*/*.done"))) == 3
+    written: list[Path] = []
+    write = grow_module.write_safetensors
+    monkeypatch.setattr(grow_module, "write_safetensors", lambda path, *rest: written.append(path) or write(path, *rest))
+    told.clear()
+    grow_checkpoint(source, tmp_path / "two", plan, progress=lambda done, total: told.append((done, total)))
+    files = list((tmp_path / "two").glob("*/*.safetensors"))
+    assert len(files) > 8 and len(written) == len(files) - 3 and told[-1][0] == told[-1][1]
+    assert verify(tmp_path / "two")["id"] == verify(tmp_path / "one")["id"], "and whatever the files"
+    assert not list(tmp_path.glob(".two*")) and not list((tmp_path / "two").glob("*/*.done"))
+    monkeypatch.setattr(grow_module, "write_safetensors", write)
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        grow_checkpoint(source, tmp_path / "three", plan_of({"op": "stack"}, "here"), progress=die)
+    grow_checkpoint(source, tmp_path / "three", plan)
+    assert verify(tmp_path / "three")["id"] == verify(tmp_path / "one")["id"], "what another growth left is not taken for this one's"
+
+
+def test_workers_in_processes(grown: RunFolder, tmp_path: Path) -> None:
+    source = grown.path / "checkpoints/step-000006"
+    grow_checkpoint(source, tmp_path / "two", GrowthPlan(), workers=2)
+    assert verify(tmp_path / "two")["id"] == verify(grown.path / "checkpoints/step-000006-grown")["id"]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("uniform", [1 / 3, 1 / 3, 1 / 3]), ("ema", [0.25, 0.25, 0.5])])

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from regrowth.files import sha256_of
-from regrowth.pretrain.tensor_files import write_safetensors
+from regrowth.pretrain.tensor_files import TensorReader, TensorSpec, write_safetensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -24,10 +24,25 @@ def some_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """What the header needs."""
+    return {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def test_whole_tensors_are_read_out_of_their_parts(tmp_path: Path) -> None:
+    whole = torch.randn(5, 4)
+    for number, (row, column, rows, columns) in enumerate([(0, 0, 3, 4), (3, 0, 2, 1), (3, 1, 2, 3)]):
+        part = {"w": whole[row : row + rows, column : column + columns].contiguous(), f"own{number}": torch.full((2,), float(number))}
+        places = {"w": {"saved_offsets": [row, column]}, f"own{number}": {"saved_offsets": [0]}}
+        write_safetensors(tmp_path / f"{number}.safetensors", specs_of(part), part.__getitem__, places)
+    read = TensorReader(tmp_path)
+    assert torch.equal(read("w"), whole) and read("own2").tolist() == [2, 2]
+
+
 def test_the_library_reads_what_was_written_and_hashes_are_of_the_bytes(tmp_path: Path) -> None:
     tensors = some_tensors()
     places = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
-    file = write_safetensors(tmp_path / "x.safetensors", tensors, places)
+    file = write_safetensors(tmp_path / "x.safetensors", specs_of(tensors), tensors.__getitem__, places)
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -39,7 +54,7 @@ def test_the_library_reads_what_was_written_and_hashes_are_of_the_bytes(tmp_path
 
 def test_the_header_says_what_torchs_reader_wants(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(2, 2)}
-    write_safetensors(tmp_path / "ours.safetensors", tensors, {"w": {"saved_offsets": [4, 0]}})
+    write_safetensors(tmp_path / "ours.safetensors", specs_of(tensors), tensors.__getitem__, {"w": {"saved_offsets": [4, 0]}})
     save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
     with safe_open(tmp_path / "ours.safetensors", "pt") as ours, safe_open(tmp_path / "theirs.safetensors", "pt") as theirs:
         assert ours.metadata()["DCP_SHARDING_INFO"] == '{"w": {"saved_offsets": [4, 0]}}' and ours.metadata()["format"] == "pt"
