@@ -1,13 +1,12 @@
-"""Commands on checkpoints: grow, convert, generate, evaluate, lineage. Each takes a checkpoint's folder or a run's."""
+"""Commands on checkpoints: convert, generate, evaluate. Each takes a checkpoint's folder or a run's."""
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from rich.table import Table
 
 from regrowth.data_pipeline.corpus import Corpus
@@ -15,16 +14,11 @@ from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.errors import RegrowthError, UserError, need
 from regrowth.launch.training import tokenizer_of
 from regrowth.pretrain.build import build_model
-from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, newest_whole, read_state, verify
+from regrowth.pretrain.checkpoint import load_plain, newest_whole, verify
 from regrowth.pretrain.convert import export_hf
 from regrowth.pretrain.evaluate import BytesReport, heldout, to_tensors
-from regrowth.pretrain.growth.average import Kind, average_checkpoints
-from regrowth.pretrain.growth.grow import grow_checkpoint
-from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
-from regrowth.pretrain.lineage import read_lineage
 from regrowth.pretrain.model import Transformer
 from regrowth.pretrain.run_folder import RunFolder
-from regrowth.settings import load, parse_overrides
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,56 +63,6 @@ def load_model(checkpoint: Path) -> Transformer:
     model = build_model(state.model, torch.device("cpu"))
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, workers: int, dry_run: bool) -> None:
-    """The `grow` command.
-
-    Raises:
-        UserError: settings and a plan were given, or the growth does not fit the checkpoint.
-    """
-    if plan and settings:
-        raise UserError(f"--plan {plan}: the operators stand in it; leave {settings[0]} away, or the plan.")
-    growth = load(GrowthPlan, plan) if plan else plan_of(parse_overrides(settings), "regrowth grow")
-    source = find_checkpoint(path)
-    before = read_state(source).model
-    *_, after = growth.configs(before)
-    # Not among the run's own checkpoints: those are what the run goes on from.
-    target = out or run_of(source).path / "grown" / f"{source.name}-{growth.describe()['op'].replace(' + ', '-')}-{after.parameters}"
-    console = Console()
-    table = Table("", "now", "grown")
-    for key in ("layers", "width", "heads", "kv_heads", "ffn_width", "expert_count", "vocabulary", "parameters", "active_parameters"):
-        if getattr(before, key) != getattr(after, key) or key in ("layers", "width", "parameters"):
-            table.add_row(key.replace("_", " "), f"{getattr(before, key):,}", f"{getattr(after, key):,}")
-    console.print(table)
-    console.print(
-        f"{growth.describe()['op']}: {'keeps the function' if growth.preserves_function(before) else 'changes the function; training mends it'}"
-    )
-    if dry_run:
-        return console.print(f"would write {target}", soft_wrap=True)
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("growing", total=None)
-        grow_checkpoint(source, target, growth, workers, lambda done, total: bar.update(task, completed=done, total=total))
-    console.print(f"{target}: {after.layers} layers, {after.parameters:,} parameters", soft_wrap=True)
-    console.print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
-
-
-def average(paths: list[Path], out: Path, last: int | None, kind: str, decay: float) -> None:
-    """The `average` command.
-
-    Raises:
-        UserError: an unknown kind, a run without --last, or checkpoints that cannot be averaged.
-    """
-    if kind not in get_args(Kind):
-        raise UserError(f"--kind {kind}: no such average; choose {' or '.join(get_args(Kind))}.")
-    if last is not None:
-        if len(paths) != 1 or not (paths[0] / "config.toml").exists():
-            raise UserError("--last takes the newest checkpoints of one run: name its folder, and nothing else.")
-        paths = list_checkpoints(paths[0])[-last:]
-    elif runs := [path for path in paths if (path / "config.toml").exists()]:
-        raise UserError(f"{runs[0]}: a run's folder; say with --last how many of its checkpoints, or name checkpoints.")
-    made = average_checkpoints(paths, out, cast("Kind", kind), decay)
-    Console().print(f"{out}: {kind} average of {len(paths)} checkpoints, {made.model.parameters:,} parameters", soft_wrap=True)
 
 
 def convert(path: Path, out: Path, to: str) -> None:
@@ -203,15 +147,3 @@ def _lm_eval(checkpoint: Path, tokenizer: Tokenizer, length: int, tasks: list[st
             if isinstance(value, int | float) and "stderr" not in metric:
                 table.add_row(task, metric.split(",")[0], f"{value:.4f}")
     return table
-
-
-def lineage(path: Path) -> None:
-    """The `lineage` command."""
-    checkpoint = find_checkpoint(path)
-    console = Console()
-    console.print(f"[bold]{checkpoint}[/bold]  {verify(checkpoint)['id'][:12]}", soft_wrap=True)
-    record = read_lineage(checkpoint)
-    for depth, line in enumerate(record.lines()):
-        console.print("  " * depth + ("└ " if depth else "") + line, soft_wrap=True, highlight=False)
-    for domain, tokens in sorted(record.tokens_by_domain.items()):
-        console.print(f"  {tokens:>14,} tokens of {domain} ({record.corpus})", soft_wrap=True, highlight=False)

@@ -10,8 +10,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from regrowth.errors import RegrowthError
+
+
+def with_default(name: str) -> type[TyperGroup]:
+    """A group of commands of which one need not be named: `regrowth grow RUN` is `regrowth grow checkpoint RUN`."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+            named = args and (args[0] in self.commands or args[0] == "--help")
+            return super().parse_args(ctx, args if named or not args else [name, *args])
+
+    return Group
+
 
 app = typer.Typer(
     help="Pretraining that throws nothing away: raw documents and a recipe go in, a pretrained model comes out.",
@@ -23,12 +36,19 @@ app = typer.Typer(
 data_app = typer.Typer(help="Documents to Arrow shards.", no_args_is_help=True)
 launch_app = typer.Typer(help="Start runs on this machine or on a cluster.", no_args_is_help=True)
 mix_app = typer.Typer(help="Look into the mixture of a run.", no_args_is_help=True)
+grow_app = typer.Typer(
+    cls=with_default("checkpoint"), help="Grow a checkpoint into a larger model's start, or plan to.", no_args_is_help=True
+)
+lineage_app = typer.Typer(cls=with_default("show"), help="Where a checkpoint comes from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(mix_app, name="mix")
 app.add_typer(launch_app, name="launch")
+app.add_typer(grow_app, name="grow")
+app.add_typer(lineage_app, name="lineage")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, as section.key=value.")]
 Config = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe.")]
+Operators = Annotated[list[str] | None, typer.Argument(help="An operator and its settings: op=hyperclone factor=2 (default: op=stack).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start nothing.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run's folder (its newest whole checkpoint).")]
 
@@ -88,21 +108,34 @@ def plan(
     show_plan(config, overrides or [], cluster)
 
 
-@app.command()
-def grow(
+@grow_app.command("checkpoint")
+def grow_checkpoint(
     checkpoint: Checkpoint,
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="An operator and its settings: op=hyperclone factor=2 (default: op=stack).")
-    ] = None,
+    settings: Operators = None,
     plan: Annotated[Path | None, typer.Option(help="A TOML file with a chain of [[operators]].")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the grown checkpoint goes; default: `grown/` in the run's folder.")] = None,
     workers: Annotated[int, typer.Option(help="Processes; 0: as many as the size is worth.", min=0)] = 0,
     dry_run: DryRun = False,
 ) -> None:
     """Grow a checkpoint into a larger model's start."""
-    from regrowth.launch.checkpoints import grow as go
+    from regrowth.launch.growth import grow as go
 
     go(checkpoint, settings or [], plan, out, workers, dry_run)
+
+
+@grow_app.command("plan")
+def grow_plan(
+    config: Config,
+    settings: Operators = None,
+    tokens: Annotated[
+        float, typer.Option(help="Tokens that the grown model is to be worth, as if it had been trained from scratch.")
+    ] = 0.0,
+    cluster: Annotated[str, typer.Option(help="laptop, h100_node, or a TOML file.")] = "laptop",
+) -> None:
+    """When to grow a config's model, and what it saves and costs."""
+    from regrowth.launch.growth import plan as go
+
+    go(config, settings or [], tokens, cluster)
 
 
 @app.command()
@@ -114,7 +147,7 @@ def average(
     decay: Annotated[float, typer.Option(help="Of an exponential average.", min=0.0, max=1.0)] = 0.9,
 ) -> None:
     """Average checkpoints of one model into one."""
-    from regrowth.launch.checkpoints import average as go
+    from regrowth.launch.growth import average as go
 
     go(checkpoints, out, last, kind, decay)
 
@@ -160,12 +193,23 @@ def evaluate(
     go(checkpoint, sequences, tasks or [], task_path, limit)
 
 
-@app.command()
-def lineage(checkpoint: Checkpoint) -> None:
+@lineage_app.command("show")
+def lineage_show(checkpoint: Checkpoint) -> None:
     """Print where a checkpoint comes from."""
-    from regrowth.launch.checkpoints import lineage as go
+    from regrowth.launch.growth import lineage as go
 
     go(checkpoint)
+
+
+@lineage_app.command("verify")
+def lineage_verify(
+    checkpoint: Checkpoint,
+    parent: Annotated[Path | None, typer.Option(help="The checkpoint it was grown from; default: looked for in its run.")] = None,
+) -> None:
+    """Grow a grown checkpoint's parent again; it must come out the same, bit for bit."""
+    from regrowth.launch.growth import verify_growth as go
+
+    go(checkpoint, parent)
 
 
 @app.command()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from regrowth.data_pipeline.config import DataConfig
+    from regrowth.parallel.planner import Cluster
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.model_config import ModelConfig
 
@@ -57,14 +58,25 @@ def show_plan(name: str, overrides: list[str], cluster: str) -> None:
     _print_plan(load_config(name, overrides), cluster, Console())
 
 
-def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
-    from regrowth.parallel.plan import AXES
-    from regrowth.parallel.planner import clusters, load_cluster, predict
+def machine_of(name: str) -> "Cluster":
+    """A machine that is described here, or in a file.
+
+    Raises:
+        UserError: it is neither.
+    """
+    from regrowth.parallel.planner import clusters, load_cluster
 
     known = clusters()
-    if cluster not in known and not Path(cluster).exists():
-        raise UserError(f"--cluster {cluster}: neither a file nor a described machine; {nearest(cluster, known)}")
-    machine = load_cluster(known.get(cluster, Path(cluster)))
+    if name not in known and not Path(name).exists():
+        raise UserError(f"--cluster {name}: neither a file nor a described machine; {nearest(name, known)}")
+    return load_cluster(known.get(name, Path(name)))
+
+
+def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
+    from regrowth.parallel.plan import AXES
+    from regrowth.parallel.planner import predict
+
+    machine = machine_of(cluster)
     plan, model = config.parallel, config.model
     axes = " x ".join(f"{axis} {getattr(plan, axis)}" for axis in AXES if getattr(plan, axis) > 1) or "one process"
     console.print(f"{plan.world_size} ranks: {axes}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "

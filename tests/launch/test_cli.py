@@ -50,6 +50,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["grow", "/nonexistent", "op=stak"], 'op = "stak": no such op; did you mean "stack"?'),
         (["grow", "/nonexistent", "op=stack", "width=3"], 'unknown key "operators.0.width"'),
         (["grow", "/nonexistent", "op=stack", "--plan", "p.toml"], "the operators stand in it"),
+        (["grow", "plan", "quickstart", "op=stak"], 'did you mean "stack"?'),
         (["average", "/nonexistent", "--out", "x"], "1 checkpoint given; name two or more"),
         (["average", "/nonexistent", "--out", "x", "--kind", "median"], "choose uniform or ema"),
         (["average", "/nonexistent", "--out", "x", "--last", "3"], "name its folder"),
@@ -120,6 +121,14 @@ def test_the_whole_way_on_the_command_line(
     assert code == 0 and "grown by interpose + hyperclone (factor 2, factor 2, layers 4 to 8, width 32 to 64" in output, output
     code, output = call(capsys, monkeypatch, "grow", run.path, "factor=3", "--out", tmp_path / "grown")
     assert code == 0 and "12 layers" in output
+    code, output = call(capsys, monkeypatch, "lineage", "verify", tmp_path / "chained", "--parent", run.path / "checkpoints/step-000008")
+    assert code == 0 and "again, equal to the last bit" in output, output
+    code, output = call(capsys, monkeypatch, "lineage", "verify", run.path / "checkpoints/step-000004-grown")
+    assert code == 0 and "stack of" in output
+    code, output = call(capsys, monkeypatch, "lineage", "verify", tmp_path / "chained", "--parent", run.path / "checkpoints/step-000004")
+    assert code == 2 and "is not " in one_letter(output)
+    code, output = call(capsys, monkeypatch, "lineage", "verify", run.path)
+    assert code == 2 and "not fresh from a growth" in one_letter(output)
     before = sorted(run.path.glob("checkpoints/*"))
     code, output = call(capsys, monkeypatch, "grow", run.path)
     assert code == 0 and len(list(run.path.glob("grown/step-000008-stack-*/manifest.json"))) == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from regrowth.errors import UserError
 from regrowth.pretrain.attention import Sdpa
 from regrowth.pretrain.checkpoint import canonical_shapes, has_moments
+from regrowth.pretrain.growth.advice import growth_tokens
 from regrowth.pretrain.growth.grow import grown_reader
 from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
 from regrowth.pretrain.initialise import initialise
@@ -234,6 +235,13 @@ def test_what_does_not_fit_is_told(settings_: dict, moe: bool, told: str) -> Non
     config = SMALL.model_copy(update={"moe": MOE if moe else None})
     with pytest.raises(UserError, match=told):
         plan_of(settings_, "here").configs(config)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "expected"), [(8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9)]
+)
+def test_the_published_advice_on_when_to_grow(parameters: float, tokens: float, expected: float) -> None:
+    assert growth_tokens(parameters, 6 * parameters * tokens) == pytest.approx(expected, rel=2e-3)
 
 
 def test_settings_that_are_not_an_operator_s_own_are_told() -> None:
