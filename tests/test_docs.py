@@ -32,7 +32,18 @@ def small_run(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder / "small.toml", only_run(folder).path
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "regrowth" in str(commands(p))], ids=lambda p: p.name)
+SLOW_PAGES = ("parallel.md",)  # has a part of the conformance suite
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.name in SLOW_PAGES else page
+        for page in PAGES
+        if "regrowth" in str(commands(page))
+    ],
+    ids=lambda p: p.name,
+)
 def test_the_commands_of_a_page_run(
     page: Path, small_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

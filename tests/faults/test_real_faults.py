@@ -124,6 +124,7 @@ def test_a_half_written_shard_is_refused_by_name(documents: Path, tmp_path: Path
     assert done.returncode == 2 and "train/prose/00000-000.arrow: damaged, 1,000 bytes" in letter
 
 
+@pytest.mark.slow
 def test_a_model_smaller_than_its_tokenizer_is_refused_and_a_larger_one_is_noted(documents: Path, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 2})
     given = json.dumps(str(corpus.folder / "tokenizer"))

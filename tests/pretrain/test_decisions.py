@@ -62,7 +62,11 @@ def test_a_log_is_recomputed_to_the_last_bit_and_a_changed_one_is_found_out(fini
         assert f"step {step}" in str(replay(copy).first_difference), key
 
 
-FOLLOWERS = [({"dp_shard": 2, "micro_batch": 2}, {}), ({"micro_batch": 8}, {}), ({"micro_batch": 4}, {"prefetch": 4, "update_delay": 1})]
+FOLLOWERS = [
+    ({"dp_shard": 2, "micro_batch": 2}, {}),
+    pytest.param({"micro_batch": 8}, {}, marks=pytest.mark.slow),
+    ({"micro_batch": 4}, {"prefetch": 4, "update_delay": 1}),
+]
 
 
 @pytest.mark.parametrize(("plan", "loader"), FOLLOWERS, ids=["2 ranks", "other micro-batch", "far ahead"])
@@ -88,6 +92,7 @@ def test_a_log_that_does_not_fit_is_refused_with_the_difference(finished: RunFol
             go(new_run(corpus, tmp_path, mixing=mixing, **sections), corpus, ranks)
 
 
+@pytest.mark.slow
 def test_a_policy_learns_from_the_log_it_follows(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
     """Left at step 8, it goes on as the run it followed did."""
     constant = {"schedule": {"decay_fraction": 0.0}}
@@ -101,6 +106,7 @@ def test_a_policy_learns_from_the_log_it_follows(corpus: Corpus, tmp_path: Path,
     assert (found.steps, found.followed, found.first_difference) == (4, 8, None)
 
 
+@pytest.mark.slow
 def test_the_delay_of_losses_may_change_on_resume(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
     run = go(new_run(corpus, tmp_path, run={"steps": 6}, mixing=ODM, schedule={"decay_fraction": 0.0}), corpus, ranks)
     change(run, run={"steps": 12}, loader={"update_delay": 3})

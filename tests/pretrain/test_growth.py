@@ -82,7 +82,15 @@ def test_the_grown_run_learns_on(grown: RunFolder) -> None:
     assert losses(grown)[-1] < losses(grown)[5]
 
 
-@pytest.mark.parametrize("left", ["step-000004", "step-000006", "step-000006-grown", "step-000008"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param("step-000004", marks=pytest.mark.slow),
+        "step-000006",
+        "step-000006-grown",
+        pytest.param("step-000008", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_anywhere_around_its_growth_goes_on_bit_for_bit(
     left: str, grown: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks
 ) -> None:
@@ -150,6 +158,7 @@ def test_several_workers_and_a_growth_that_was_killed_come_to_the_same(
     assert verify(tmp_path / "three")["id"] == verify(tmp_path / "one")["id"], "what another growth left is not taken for this one's"
 
 
+@pytest.mark.slow
 def test_workers_in_processes(grown: RunFolder, tmp_path: Path) -> None:
     source = grown.path / "checkpoints/step-000006"
     grow_checkpoint(source, tmp_path / "two", GrowthPlan(), workers=2)
