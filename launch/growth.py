@@ -10,7 +10,7 @@ from rich.table import Table
 
 from regrowth.errors import RunFailed, UserError
 from regrowth.launch.checkpoints import find_checkpoint, run_of
-from regrowth.pretrain.checkpoint import list_checkpoints, read_state, verify
+from regrowth.pretrain.checkpoint import identity_of, list_checkpoints, read_state, verify
 from regrowth.pretrain.growth.advice import PUBLISHED_SPEEDUPS, growth_tokens
 from regrowth.pretrain.growth.average import Kind, average_checkpoints
 from regrowth.pretrain.growth.grow import grow_checkpoint
@@ -62,7 +62,9 @@ def average(paths: list[Path], out: Path, last: int | None, kind: str, decay: fl
     if last is not None:
         if len(paths) != 1 or not (paths[0] / "config.toml").exists():
             raise UserError("--last takes the newest checkpoints of one run: name its folder, and nothing else.")
-        paths = list_checkpoints(paths[0])[-last:]
+        if len(there := list_checkpoints(paths[0])) < last:
+            raise UserError(f"--last {last}: {paths[0]} has {len(there)} checkpoints; ask for fewer, or keep more (checkpoint.keep).")
+        paths = there[-last:]
     elif runs := [path for path in paths if (path / "config.toml").exists()]:
         raise UserError(f"{runs[0]}: a run's folder; say with --last how many of its checkpoints, or name checkpoints.")
     made = average_checkpoints(paths, out, cast("Kind", kind), decay)
@@ -123,7 +125,7 @@ def lineage(path: Path) -> None:
     """The `lineage` command."""
     checkpoint = find_checkpoint(path)
     console = Console()
-    console.print(f"[bold]{checkpoint}[/bold]  {verify(checkpoint)['id'][:12]}", soft_wrap=True)
+    console.print(f"[bold]{checkpoint}[/bold]  {identity_of(checkpoint)[:12]}", soft_wrap=True)
     record = read_lineage(checkpoint)
     for depth, line in enumerate(record.lines()):
         console.print("  " * depth + ("└ " if depth else "") + line, soft_wrap=True, highlight=False)
@@ -139,18 +141,18 @@ def verify_growth(path: Path, parent: Path | None) -> None:
         RunFailed: it comes out otherwise.
     """
     checkpoint = path if (path / "manifest.json").exists() else find_checkpoint(path)
-    identity, record = verify(checkpoint)["id"], read_lineage(checkpoint)
+    record = read_lineage(checkpoint)
     born = record.parents[-1] if record.parents else None
     if born is None or born.relation != "grown from" or born.step != record.step:
         raise UserError(
             f"{checkpoint}: not fresh from a growth, so there is none to verify; name a checkpoint that `regrowth grow` wrote, or step-N-grown of a run."
         )
-    source = _parent_of(checkpoint, born, parent)
+    identity, source = verify(checkpoint)["id"], _parent_of(checkpoint, born, parent)
     keys = {key: born.operator[key] for key in ("operators", "moments", "seed")}
     growth = validate(GrowthPlan, keys, f"{checkpoint}/lineage.json")
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".verify-") as folder:
         grow_checkpoint(source, Path(folder) / "again", growth)
-        again = verify(Path(folder) / "again")["id"]
+        again = identity_of(Path(folder) / "again")
     if again != identity:
         raise RunFailed(f"{checkpoint}: grown again from {source} by {born.operator['op']} it is {again[:12]}, not {identity[:12]}. One of them was altered, or "
                         "grown by another version.")  # fmt: skip
@@ -160,7 +162,7 @@ def verify_growth(path: Path, parent: Path | None) -> None:
 def _parent_of(checkpoint: Path, born: Parent, parent: Path | None) -> Path:
     candidates = [parent] if parent else list_checkpoints(run_of(checkpoint).path)
     for candidate in candidates:
-        if verify(candidate)["id"] == born.id:
+        if identity_of(candidate) == born.id:  # growing checks its files
             return candidate
     where = str(parent) if parent else f"the checkpoints of {run_of(checkpoint).path}"
     raise UserError(f"{checkpoint}: its parent {born.id[:12]} is not {'' if parent else 'among '}{where}. Name it with --parent.")

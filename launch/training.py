@@ -98,7 +98,8 @@ def own_corpus(config: "RunConfig", console: Console) -> str:
 def _note_spare_vocabulary(config: "RunConfig", place: str, console: Console) -> None:
     from regrowth.data_pipeline.corpora import open_corpora
 
-    tokenizer = open_corpora(place, config.loader).manifest["tokenizer"]["vocabulary"]
+    own = open_corpora(place, config.loader.model_copy(update={"corpora": []}))  # those that join have its tokenizer
+    tokenizer = own.manifest["tokenizer"]["vocabulary"]
     if config.model.vocabulary > tokenizer:
         console.print(
             f"note: model.vocabulary = {config.model.vocabulary}, the tokenizer has {tokenizer} ids: the other rows are never trained and never "

@@ -45,6 +45,8 @@ def on_every_rank(function: Callable[[], T]) -> T:
         outcome[0] = function()
     except RegrowthError as error:
         outcome[1] = error
+    except Exception as error:  # the others must not wait for this rank
+        outcome[1] = RunFailed(f"{type(error).__name__}: {error}")
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, outcome[1])
     for rank, error in enumerate(everywhere):

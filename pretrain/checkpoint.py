@@ -194,6 +194,17 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def identity_of(path: Path) -> str:
+    """A checkpoint's id, as its manifest says: the files are not looked at.
+
+    Raises:
+        UserError: it has no manifest.
+    """
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path}: refused, it has no manifest.json: it was never finished, or is not a checkpoint.")
+    return read_json(path / "manifest.json")["id"]
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, oldest first; a grown one comes after the one it was grown from."""
     found = [(int(m[1]), bool(m[2]), p) for p in (run / "checkpoints").glob("step-*") if (m := _NAME.match(p.name))]

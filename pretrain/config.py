@@ -133,7 +133,6 @@ class RunConfig(Settings):
         self.parallel.check_model(self.model, self.loader.sequence_length, self.loader.global_batch)
         self._shorter_lengths_fit()
         self._grown_shapes_fit()
-        self._blocks_divide()
         steps = [event.at_step for event in self.growth]
         if steps != sorted(set(steps)):
             raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
@@ -159,18 +158,20 @@ class RunConfig(Settings):
                 raise ValueError(f"loader.length_schedule at step {stage.at_step}: {error}") from error
 
     def _grown_shapes_fit(self) -> None:
-        """The plan must fit every shape that the model will have."""
+        """The plan and the precision recipe must fit every shape that the model will have."""
         model = self.model
+        self._blocks_divide(model)
         for event in self.growth:
             try:
                 model = event.configs(model)[-1]
                 self.parallel.check_model(model, self.loader.sequence_length, self.loader.global_batch)
+                self._blocks_divide(model)
             except (ValueError, UserError) as error:
                 raise ValueError(f"after the growth at step {event.at_step}: {error}") from error
 
-    def _blocks_divide(self) -> None:
+    def _blocks_divide(self, model: ModelConfig) -> None:
         """Scales per block need dims that are multiples of the block."""
-        recipe, model, plan = self.precision.build(), self.model, self.parallel
+        recipe, plan = self.precision.build(), self.parallel
         # The second matrix of a pair is cut along what it contracts, the first along what its input gradient contracts.
         attention = {
             "model.width": model.width,

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from regrowth.errors import UserError
+
 _PIECE = 8 << 20
 _DTYPES = {
     torch.float64: "F64",
@@ -89,10 +91,11 @@ class TensorReader:
     """Whole tensors of a checkpoint's `model/` or `optimizer/`, read one at a time whatever the files they were cut into.
 
     Raises (when called):
-        KeyError: there is no such tensor.
+        UserError: there is no such tensor.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._parts: dict[str, list[tuple[Path, list[int], list[int]]]] = {}  # file, place in the whole tensor, shape
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -102,7 +105,9 @@ class TensorReader:
 
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU."""
-        parts = self._parts[name]
+        if (parts := self._parts.get(name)) is None:
+            remedy = ' Grow it without the optimizer\'s state: moments = "zero".' if self.folder.name == "optimizer" else ""
+            raise UserError(f"{self.folder}: there is no tensor {name} in this checkpoint.{remedy}")
         if len(parts) == 1:
             with safe_open(parts[0][0], "pt") as file:
                 return file.get_tensor(name)

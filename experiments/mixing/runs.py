@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from regrowth.data_pipeline.prepare import prepare
+from regrowth.errors import UserError
 from regrowth.files import fingerprint, read_json, write_json
 from regrowth.launch.training import run_training
 from regrowth.pretrain.config import RunConfig
@@ -66,7 +67,14 @@ def config(out: Path, policy: str, seed: int) -> RunConfig:
 def runs(out: Path, policy: str, seed: int) -> list[RunFolder]:
     """The folders of a policy's run with a seed; those of another config, of an older state of this program, are not looked at."""
     found = [RunFolder(path) for path in sorted((out / "runs").glob(f"*_{policy}-{seed}*")) if (path / "config.toml").exists()]
-    return [run for run in found if run.config() == config(out, policy, seed)]
+    return [run for run in found if _is_of(run, config(out, policy, seed))]
+
+
+def _is_of(run: RunFolder, wanted: RunConfig) -> bool:
+    try:
+        return run.config() == wanted
+    except UserError:  # of another version
+        return False
 
 
 def train(out: Path, policy: str, seed: int) -> None:
@@ -107,13 +115,15 @@ def gather(out: Path, results: Path, seeds: int) -> dict[str, dict[str, dict[str
                 str(row["step"]): {domain: round(s["loss"], 5) for domain, s in row["domains"].items()} for row in run.rows("evaluations")
             }
             stored[f"{policy}-{seed}"] = {"config": of_config(policy, seed), "curve": curve}
-    write_json(results, stored)
-    return {name: entry["curve"] for name, entry in stored.items() if entry["config"] == of_config(*name.rsplit("-", 1))}
+    if stored:
+        write_json(results, stored)
+    wanted = {f"{policy}-{seed}": of_config(policy, seed) for seed, policy in itertools.product(range(seeds), POLICIES)}
+    return {name: stored[name]["curve"] for name, its in wanted.items() if name in stored and stored[name]["config"] == its}
 
 
-def of_config(policy: str, seed: int | str) -> str:
+def of_config(policy: str, seed: int) -> str:
     """A hash of a run's config, wherever it lies."""
-    return fingerprint(config(Path("anywhere"), policy, int(seed)).model_dump(mode="json", exclude={"data": {"sources"}}))
+    return fingerprint(config(Path("anywhere"), policy, seed).model_dump(mode="json", exclude={"data": {"sources"}}))
 
 
 def macro(losses: dict[str, float]) -> float:

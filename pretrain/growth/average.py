@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from regrowth.errors import UserError
-from regrowth.pretrain.checkpoint import CheckpointState, load_plain, save_checkpoint, verify
+from regrowth.pretrain.checkpoint import CheckpointState, identity_of, load_plain, save_checkpoint
 from regrowth.pretrain.lineage import Parent
 
 Kind = Literal["uniform", "ema"]
@@ -53,4 +53,4 @@ def average_checkpoints(sources: list[Path], target: Path, kind: Kind = "uniform
 
 def _parent(path: Path, state: CheckpointState, kind: Kind, weight: float) -> Parent:
     operator = {"op": f"{kind} average", "operators": [{"op": "average", "weight": round(weight, 6)}]}
-    return Parent(id=verify(path)["id"], relation="averaged from", step=state.lineage.step, operator=operator)
+    return Parent(id=identity_of(path), relation="averaged from", step=state.lineage.step, operator=operator)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import lru_cache
 from multiprocessing import get_context
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from regrowth.errors import UserError
-from regrowth.files import exclusive, read_json, write_json
+from regrowth.errors import RunFailed, UserError
+from regrowth.files import disk_full_is_a_letter, exclusive, read_json, write_json
 from regrowth.pretrain.checkpoint import CheckpointState, canonical_shapes, check_room, finish, has_moments, read_state, verify
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.operator import GrowthOperator
@@ -30,6 +31,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _FILE_BYTES = 1 << 30
 _ALONE_BELOW = 256 << 20  # bytes of target that are not worth starting processes for
+_MOST_WORKERS = 8  # unless told: each holds a target tensor and its sources
 
 
 def grow_checkpoint(
@@ -42,7 +44,7 @@ def grow_checkpoint(
 
     Raises:
         UserError: `source` is refused, `target` exists, an operator does not fit, or another process is growing to the same place.
-        RunFailed: the disk is full; what is done stays, and the same growth goes on from it.
+        RunFailed: the disk is full, or a worker was killed; what is done stays, and the same growth goes on from it.
     """
     if target.exists():
         raise UserError(f"{target}: exists already; growing never overwrites. Remove it or choose another output.")
@@ -51,6 +53,8 @@ def grow_checkpoint(
     partial = target.with_name(f".{target.name}.growing")
     partial.mkdir(parents=True, exist_ok=True)
     with exclusive(partial / ".lock", f"{target}: another process is growing to this place. Wait for it, or choose another output."):
+        if target.exists():  # it was there a moment ago
+            raise UserError(f"{target}: exists already; another process has grown to this place.")
         files = _grow_files(source, partial, plan, state.model, identity, workers, progress)
         sizes = {key: [getattr(shapes[0], key), getattr(shapes[-1], key)] for key in ("layers", "width", "parameters")}
         lineage = state.lineage.grown(identity, {**plan.describe(), **sizes})
@@ -79,17 +83,21 @@ def _grow_files(
     left = sum(spec.size for specs in missing.values() for spec in specs.values())
     check_room(partial, left)
     done = total - left
-    tasks = [(source, partial, plan, config, name) for name in missing]
+    tasks = [(source, partial, plan, config, name, specs) for name, specs in missing.items()]
     alone = left < _ALONE_BELOW if not workers else workers == 1
     if alone or not tasks:
         for task in tasks:
             done += _grow_file(*task)
             progress(done, total)
     else:
-        with ProcessPoolExecutor(workers or os.cpu_count() or 1, get_context("spawn")) as pool:
-            for size in pool.map(_grow_file, *zip(*tasks, strict=True)):
-                done += size
-                progress(done, total)
+        try:
+            with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, len(tasks), _MOST_WORKERS), get_context("spawn")) as pool:
+                for size in pool.map(_grow_file, *zip(*tasks, strict=True)):
+                    done += size
+                    progress(done, total)
+        except BrokenProcessPool as error:
+            raise RunFailed(f"{partial}: a worker was killed, perhaps for want of memory. What is done stays: do the same again to go on, with fewer --workers "
+                            "if it was memory.") from error  # fmt: skip
     return {name: TensorFile(**read_json(partial / f"{name}.done")) for name in jobs}
 
 
@@ -108,12 +116,12 @@ def _jobs(config: ModelConfig) -> dict[str, dict[str, TensorSpec]]:
     return jobs
 
 
-def _grow_file(source: Path, partial: Path, plan: GrowthPlan, config: ModelConfig, name: str) -> int:
+def _grow_file(source: Path, partial: Path, plan: GrowthPlan, config: ModelConfig, name: str, specs: dict[str, TensorSpec]) -> int:
     """Write one file and note that it stands; returns its bytes."""
-    specs = _jobs(plan.configs(config)[-1])[name]
     read = grown_reader(plan, config, TensorReader(source / name.split("/")[0]))
     places = {tensor: {"saved_offsets": [0] * len(spec.shape)} for tensor, spec in specs.items()}
-    file = write_safetensors(partial / name, specs, read, places)
+    with disk_full_is_a_letter(partial / name):
+        file = write_safetensors(partial / name, specs, read, places)
     write_json(partial / f"{name}.done", asdict(file))
     return sum(spec.size for spec in specs.values())
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from regrowth.errors import UserError
 from regrowth.pretrain.growth.bert2bert import Bert2Bert
@@ -51,6 +51,9 @@ class GrowthPlan(Settings):
         for operator in self.operators:
             try:
                 shapes.append(operator.grow_config(shapes[-1]))
+            except ValidationError as error:  # a config that the operator made, with the model's own check
+                told = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+                raise UserError(f"growth: {operator.op}: {told}") from error
             except ValueError as error:
                 raise UserError(f"growth: {error}") from error
         return shapes

@@ -121,6 +121,8 @@ def test_the_whole_way_on_the_command_line(
     assert code == 0 and "grown by interpose + hyperclone (factor 2, factor 2, layers 4 to 8, width 32 to 64" in output, output
     code, output = call(capsys, monkeypatch, "grow", run.path, "factor=3", "--out", tmp_path / "grown")
     assert code == 0 and "12 layers" in output
+    code, output = call(capsys, monkeypatch, "average", run.path, "--last", "9", "--out", tmp_path / "mean")
+    assert code == 2 and "checkpoints; ask for fewer, or keep more" in one_letter(output)
     code, output = call(capsys, monkeypatch, "lineage", "verify", tmp_path / "chained", "--parent", run.path / "checkpoints/step-000008")
     assert code == 0 and "again, equal to the last bit" in output, output
     code, output = call(capsys, monkeypatch, "lineage", "verify", run.path / "checkpoints/step-000004-grown")

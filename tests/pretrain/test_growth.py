@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
-from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
+from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, save_checkpoint, verify
 from regrowth.pretrain.growth import grow as grow_module
 from regrowth.pretrain.growth.average import average_checkpoints, shares
 from regrowth.pretrain.growth.depth import Stack
@@ -122,6 +122,31 @@ def test_growing_offline_is_the_same_as_growing_in_the_run(grown: RunFolder, tmp
     assert verify(tmp_path / "out")["id"] == verify(grown.path / "checkpoints/step-000006-grown")["id"]
     with pytest.raises(UserError, match="growing never overwrites"):
         grow_checkpoint(grown.path / "checkpoints/step-000006", tmp_path / "out", GrowthPlan())
+
+
+def test_a_checkpoint_without_moments_grows_where_they_begin_at_zero(grown: RunFolder, tmp_path: Path) -> None:
+    state, weights, _ = load_plain(grown.path / "checkpoints/step-000006")
+    save_checkpoint(tmp_path / "bare", weights, {}, state, alone=True)
+    with pytest.raises(
+        UserError, match=r'there is no tensor .*exp_avg.* in this checkpoint. Grow it without the optimizer.s state: moments = "zero"'
+    ):
+        grow_checkpoint(tmp_path / "bare", tmp_path / "not", GrowthPlan())
+    grow_checkpoint(tmp_path / "bare", tmp_path / "out", GrowthPlan(moments="zero"))
+    assert all((tensor == 0).all() for tensor in load_plain(tmp_path / "out")[2].values())
+
+
+def test_a_growth_onto_sizes_that_the_precision_does_not_take_is_refused_before_the_start(corpus: Corpus, tmp_path: Path) -> None:
+    fits = {
+        "model": {"width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "ffn_width": 128},
+        "loader": {"sequence_length": 128},
+        "precision": {"recipe": "fp4_paper_block"},
+    }
+    growth = [{"at_step": 2, "operators": [{"op": "zero_pad", "ffn_width": 192}]}]
+    with pytest.raises(
+        ValueError, match=r"after the growth at step 2: model.ffn_width / parallel.tp = 192 is not a multiple of the precision recipe"
+    ):
+        new_run(corpus, tmp_path, growth=growth, **fits)
+    new_run(corpus, tmp_path, growth=[{"at_step": 2, "operators": [{"op": "zero_pad", "ffn_width": 256}]}], **fits)
 
 
 def test_several_workers_and_a_growth_that_was_killed_come_to_the_same(
