@@ -68,13 +68,15 @@ def _anonymous(pid: int) -> float:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to copy a folder's files and sync them."""
+    """Seconds to copy a folder's files and sync them; the copy is removed."""
     began = time.perf_counter()
     shutil.copytree(source, target)
     for path in target.rglob("*"):
         if path.is_file():
             fsync_path(path)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
 
 
 def main() -> None:
@@ -97,10 +99,10 @@ def main() -> None:
         watch.done = True
         watch.join()
         large = size_of(folder / "large")
-        copying = copy(folder / "large", folder / "copy")
+        copying = min(copy(folder / "large", folder / f"copy{i}") for i in range(2))  # the second has read its source already
     table = Table("what", "measured", "the limit is", title=f"{arguments.op}: {small / 1e9:.2f} GB to {large / 1e9:.2f} GB")
     table.add_row("growing, its source verified first", f"{large / growing / 1e6:,.0f} MB/s", "")
-    table.add_row("copying the result", f"{large / copying / 1e6:,.0f} MB/s", "")
+    table.add_row("copying the result, the better of two", f"{large / copying / 1e6:,.0f} MB/s", "")
     table.add_row("growing beside copying", f"{copying / growing:.2f} x as fast", "at least 0.70")
     table.add_row("memory of the process that grows", f"{watch.own:.2f} GiB", "2 GiB")
     table.add_row("largest worker", f"{watch.child:.2f} GiB", "2 GiB")

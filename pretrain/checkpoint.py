@@ -4,7 +4,7 @@
       model/ optimizer/    sharded safetensors under canonical names; no pickle is ever written or read
       model.json           the model's config: the checkpoint owns it, growth changes it
       loader.json trainer.json lineage.json
-      manifest.json        written last: the size and sha256 of every other file
+      manifest.json        written last: the size and sum of every other file
 
 Written beside under a name that no reader accepts, synced, then renamed. Loading reshards to any mesh. A folder without manifest, or with a
 file that differs from it, is refused by name, and the one before is used.
@@ -34,10 +34,11 @@ from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
 from regrowth.parallel.agree import on_first_rank
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.model_config import ModelConfig
-from regrowth.pretrain.tensor_files import StreamedWriter, TensorFile
+from regrowth.pretrain.tensor_files import StreamedWriter, TensorFile, sum_of_file
 from regrowth.settings import validate
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # 1: files of tensors have the sha256 of the whole file, not a sum of sums
 _NAME = re.compile(r"step-(\d+)(-grown)?$")
 
 
@@ -123,7 +124,7 @@ def finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, T
     """Make a checkpoint of a folder that has all tensor files: the small files, the manifest last, then the rename. Returns its id."""
     parts = {"model": state.model.model_dump(), "loader": state.loader, "trainer": state.trainer, "lineage": state.lineage.model_dump()}
     small = [_dump(partial / f"{name}.json", value) for name, value in parts.items()]
-    sums = {name: {"size": file.size, "sha256": file.sha256} for name, file in sorted(files.items())}
+    sums = {name: {"size": file.size, "sum_of_sums": file.sum} for name, file in sorted(files.items())}
     sums |= {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in small}
     identity = content_id(sums["model.json"]["sha256"], files)
     manifest = {"format": FORMAT, "id": identity, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": sums}
@@ -178,8 +179,8 @@ def verify(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").exists():
         raise UserError(f"{path}: refused, it has no manifest.json: it was never finished, or is not a checkpoint.")
     manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: refused, checkpoint format {manifest.get('format')}; this version reads format {FORMAT}.")
+    if manifest.get("format") not in _READABLE:
+        raise UserError(f"{path}: refused, checkpoint format {manifest.get('format')}; this version reads formats up to {FORMAT}.")
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.exists():
@@ -187,11 +188,20 @@ def verify(path: Path) -> dict[str, Any]:
         if (size := file.stat().st_size) != entry["size"]:
             raise UserError(f"{path}: refused, {name} is truncated or altered ({size:,} bytes, the manifest says {entry['size']:,}).")
     with ThreadPoolExecutor(4) as readers:  # hashing leaves the interpreter's lock free
-        sums = readers.map(lambda name: sha256_of(path / name), manifest["files"])
-        for (name, entry), found in zip(manifest["files"].items(), sums, strict=True):
-            if found != entry["sha256"]:
-                raise UserError(f"{path}: refused, {name} was altered (its sha256 is not the manifest's).")
+        sums = {name: _sum(path / name, entry, readers) for name, entry in manifest["files"].items()}
+        for name, entry in manifest["files"].items():
+            if sums[name]() != entry.get("sum_of_sums", entry.get("sha256")):
+                raise UserError(f"{path}: refused, {name} was altered (its sum is not the manifest's).")
     return manifest
+
+
+def _sum(file: Path, entry: dict[str, Any], readers: ThreadPoolExecutor) -> Callable[[], str]:
+    if "sum_of_sums" not in entry:
+        return readers.submit(sha256_of, file).result
+    try:
+        return sum_of_file(file, readers)
+    except (ValueError, LookupError, TypeError, AttributeError):  # its header was altered
+        return lambda: "none"
 
 
 def identity_of(path: Path) -> str:

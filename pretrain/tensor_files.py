@@ -7,8 +7,8 @@ writes it, and the lock of the interpreter is free meanwhile. Reading is torch's
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from regrowth.errors import UserError
+from regrowth.pretrain.direct_file import DirectFile
 
 _PIECE = 8 << 20
 _DTYPES = {
@@ -37,11 +38,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file that stands, and the sha256 of it and of each tensor in it."""
+    """A file that stands, and the sums of it (`sum_of_sums`) and of each tensor in it."""
 
     name: str
     size: int
-    sha256: str
+    sum: str
     parts: list[list[Any]]  # [tensor's name, dtype, shape, place in the whole tensor, sha256]
 
 
@@ -123,6 +124,39 @@ class TensorReader:
         return whole
 
 
+def sum_of_sums(header: str, tensors: Iterable[str]) -> str:
+    """The sum of a file: sha256 over the sha256 of its header and of each tensor's bytes, in their order. Every byte is hashed once, for the file and for the
+    content id, and by as many threads as there are tensors."""
+    return hashlib.sha256("\n".join([header, *tensors]).encode()).hexdigest()
+
+
+def sum_of_file(path: Path, pool: Executor) -> Callable[[], str]:
+    """Begins to compute a file's sum from its bytes; the result waits for it.
+
+    Raises (when called):
+        ValueError: the header cannot be read.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise ValueError(f"{path}: no safetensors file")
+        header = json.loads(stream.read(length))
+    begin = 8 + length
+    places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+    sums = [pool.submit(_hash, path, first, last) for first, last in [(0, begin), *((begin + a, begin + b) for a, b in places)]]
+    return lambda: sum_of_sums(sums[0].result(), [tensor.result() for tensor in sums[1:]])
+
+
+def _hash(path: Path, begin: int, end: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        while begin < end and (piece := stream.read(min(_PIECE, end - begin))):
+            digest.update(piece)
+            begin += len(piece)
+    return digest.hexdigest()
+
+
 def write_safetensors(path: Path, specs: dict[str, TensorSpec], get: Callable[[str], torch.Tensor], places: dict[str, Any]) -> TensorFile:
     """Write and sync one file; a tensor is asked for when its turn comes, and let go then.
 
@@ -137,11 +171,9 @@ def write_safetensors(path: Path, specs: dict[str, TensorSpec], get: Callable[[s
         header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    whole, parts = hashlib.sha256(), []
-    with path.open("wb") as stream:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            whole.update(piece)
-            stream.write(piece)
+    head, parts = len(text).to_bytes(8, "little") + text, []
+    with DirectFile(path) as stream:
+        stream.write(head)
         for name, spec in specs.items():
             digest = hashlib.sha256()
             tensor = get(name)
@@ -150,9 +182,7 @@ def write_safetensors(path: Path, specs: dict[str, TensorSpec], get: Callable[[s
             for begin in range(0, len(data), _PIECE):
                 piece = data[begin : begin + _PIECE]
                 stream.write(piece)
-                whole.update(piece)
                 digest.update(piece)
             parts.append([name, header[name]["dtype"], header[name]["shape"], places[name], digest.hexdigest()])
-        stream.flush()
-        os.fsync(stream.fileno())
-    return TensorFile(path.name, 8 + len(text) + end, whole.hexdigest(), parts)
+    whole = sum_of_sums(hashlib.sha256(head).hexdigest(), [part[-1] for part in parts])
+    return TensorFile(path.name, len(head) + end, whole, parts)

@@ -9,6 +9,7 @@ import torch
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
+from regrowth.files import sha256_of
 from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, newest_whole, verify
 from regrowth.pretrain.run_folder import RunFolder
 from tests.pretrain.helpers import Ranks, go, losses, new_run
@@ -39,16 +40,16 @@ def test_it_holds_safetensors_and_json_and_nothing_else(run: RunFolder) -> None:
     verify(path)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "flip in the header", "flip the header's size", "remove", "no manifest"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(damage: str, run: RunFolder) -> None:
     before, last = list_checkpoints(run.path)[-2:]
     victims = [last / name for name in files_of(last) if name.endswith(".safetensors")]
     victim = victims[0]
     if damage == "truncate":
         victim.write_bytes(victim.read_bytes()[:-10])
-    elif damage == "flip":
+    elif damage.startswith("flip"):
         data = bytearray(victim.read_bytes())
-        data[-3] ^= 4
+        data[{"flip": -3, "flip in the header": 12, "flip the header's size": 6}[damage]] ^= 4
         victim.write_bytes(data)
     elif damage == "remove":
         victim.unlink()
@@ -60,6 +61,20 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(dama
     assert str(last) in str(error.value) and victim.name in str(error.value)
     newest, refused = newest_whole(run.path)
     assert newest == before and len(refused) == 1
+
+
+def test_a_checkpoint_of_the_first_format_is_read(run: RunFolder) -> None:
+    last = list_checkpoints(run.path)[-1]
+    manifest = json.loads((last / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        entry.pop("sum_of_sums", None)
+        entry["sha256"] = sha256_of(last / name)
+    (last / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    assert newest_whole(run.path) == (last, [])
+    with (last / files_of(last)[-2]).open("r+b") as victim:
+        victim.write(b"\1")
+    with pytest.raises(UserError, match="was altered"):
+        verify(last)
 
 
 @pytest.mark.parametrize("name", ["model.json", "loader.json", "trainer.json", "lineage.json"])
