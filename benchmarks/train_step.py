@@ -31,7 +31,6 @@ from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.mixing.config import StaticMixing
 from regrowth.data_pipeline.prepare import prepare
-from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.build import build_model
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.conformance import Shape, made_up_batch
@@ -76,7 +75,7 @@ def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], 
     """One step of the trainer, in a process set up as a rank is."""
     config = run_config(SHAPE, corpus, batch, length, threads)
     prepare_process(config, 1)
-    trainer = Trainer(RunFolder.create(config), config, corpus, Mesh(config.parallel, torch.device("cpu")), 0, lambda: False)
+    trainer = Trainer(RunFolder.create(config), config, corpus, torch.device("cpu"), 0, lambda: False)
     step = iter(range(1 << 30))
     return lambda: trainer.train_step(next(step))
 

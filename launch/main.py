@@ -423,6 +423,9 @@ def launch_slurm(
     config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="In the place of --nodes: as many nodes as the plan then needs.")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     minutes: Annotated[int, typer.Option(min=1, help="Time limit.")] = 60,
@@ -431,11 +434,12 @@ def launch_slurm(
         list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
     ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
+    if_replanned: Annotated[bool, typer.Option(help="Only if the run waits for other ranks after a growth.", hidden=True)] = False,
 ) -> None:
     """Submit a run as a Slurm job."""
     from regrowth.launch.slurm import launch as go
 
-    go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only)
+    go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only, ranks_per_node, if_replanned)
 
 
 _STOPPED = "What was finished is kept; the same command goes on from there."

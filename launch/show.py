@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from regrowth.data_pipeline.config import DataConfig
+    from regrowth.parallel.plan import ParallelPlan
     from regrowth.parallel.planner import Cluster
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.model_config import ModelConfig
@@ -78,17 +79,21 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
 
     machine = machine_of(cluster)
     plan, model = config.parallel, config.model
-    axes = " x ".join(f"{axis} {getattr(plan, axis)}" for axis in AXES if getattr(plan, axis) > 1) or "one process"
-    console.print(f"{plan.world_size} ranks: {axes}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "
+
+    def axes(plan: "ParallelPlan") -> str:
+        return " x ".join(f"{axis} {getattr(plan, axis)}" for axis in AXES if getattr(plan, axis) > 1) or "one process"
+
+    console.print(f"{plan.world_size} ranks: {axes(plan)}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "
                   f"{config.loader.sequence_length} tokens, recompute {plan.recompute}; on {machine.name} ({machine.device})", soft_wrap=True)  # fmt: skip
-    shapes = [(0, model), *_grown(config)]
-    table = Table("", *(f"step {start}: {shape.layers} layers, width {shape.width}" for start, shape in shapes))
+    shapes = [("step 0", model, plan), *_grown(config)]
+    table = Table("", *(f"{start}: {shape.layers} layers, width {shape.width}" for start, shape, _ in shapes))
     rows: dict[str, list[str]] = {}
     length = config.loader.sequence_length
-    for _, shape in shapes:
+    for _, shape, plan in shapes:
         p = predict(shape, plan, machine, config.loader.global_batch, length, 4 if config.run.dtype == "float32" else 2)
         room = f"of {p.capacity_bytes / 2**20:,.0f} MiB" if p.fits else f"does not fit {p.capacity_bytes / 2**20:,.0f} MiB"
         for name, value in (
+            *([("ranks", f"{plan.world_size}: {axes(plan)}")] if any(event.parallel for event in config.growth) else []),
             ("parameters", f"{shape.parameters:,}"),
             ("without embeddings", f"{shape.non_embedding_parameters:,}"),
             ("training FLOPs per token", f"{shape.train_flops_per_token(length):,}"),
@@ -104,8 +109,8 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     console.print(table)
 
 
-def _grown(config: "RunConfig") -> "Iterator[tuple[int, ModelConfig]]":
-    shape = config.model
+def _grown(config: "RunConfig") -> "Iterator[tuple[str, ModelConfig, ParallelPlan]]":
+    shape, plan = config.model, config.parallel
     for event in config.growth:
-        shape = event.configs(shape)[-1]
-        yield event.at_step, shape
+        shape, plan = event.configs(shape)[-1], event.plan_after(plan)
+        yield event.at, shape, plan

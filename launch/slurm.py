@@ -17,10 +17,18 @@ _WARN_SECONDS = 120  # before the time limit: enough to finish a step and write 
 
 
 def launch(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
-           setup: list[str], print_only: bool) -> None:  # fmt: skip
-    """The `launch slurm` command."""
+           setup: list[str], print_only: bool, ranks_per_node: int | None = None, if_replanned: bool = False) -> None:  # fmt: skip
+    """The `launch slurm` command.
+
+    Args:
+        if_replanned: how a job ends itself: do nothing unless `config`, a run's folder, waits for other ranks after a growth.
+    """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    script, folder = render(config, overrides, nodes, partition, account, minutes, gpus_per_node, setup)
+    from regrowth.pretrain.run_folder import RunFolder
+
+    if if_replanned and not RunFolder.open(Path(config)).replanned:
+        return
+    script, folder = render(config, overrides, nodes, partition, account, minutes, gpus_per_node, setup, ranks_per_node)
     if print_only:
         console.print(script, end="")
         return
@@ -29,10 +37,12 @@ def launch(config: str, overrides: list[str], nodes: int, partition: str | None,
 
 
 def render(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
-           setup: list[str]) -> tuple[str, Path]:  # fmt: skip
+           setup: list[str], ranks_per_node: int | None = None) -> tuple[str, Path]:  # fmt: skip
     """The batch script of a config's plan, and the folder that its logs go to. Every user string is quoted for the shell.
 
-    `config` may be a run's folder: the job then goes on with that run.
+    Args:
+        config: may be a run's folder: the job then goes on with that run, on the plan that it has come to.
+        ranks_per_node: at most; in the place of `nodes`.
 
     Raises:
         UserError: the plan's ranks do not fall evenly on the nodes, or an option holds a line break.
@@ -43,7 +53,9 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
 
     resumed = (Path(config) / "config.toml").exists()
     settings = RunFolder(Path(config)).config(overrides) if resumed else load_config(config, overrides)
-    ranks = settings.parallel.world_size
+    ranks = (RunFolder(Path(config)).plan(settings) if resumed else settings.parallel).world_size
+    if ranks_per_node:
+        nodes = next(n for n in range(-(-ranks // ranks_per_node), ranks + 1) if ranks % n == 0)
     if ranks % nodes:
         raise UserError(f"--nodes {nodes}: the plan's {ranks} ranks do not fall evenly on them; choose nodes from "
                         f"{', '.join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)} or change parallel.*")  # fmt: skip
@@ -68,6 +80,15 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
         setup=setup,
         python=shlex.quote(sys.executable),
         ranks_per_node=ranks // nodes,
+        notes=shlex.quote(str(logs)),
+        options=shlex.join(
+            [
+                *(f"--ranks-per-node={ranks_per_node or ranks // nodes}", f"--minutes={minutes}", f"--gpus-per-node={gpus_per_node}"),
+                *([f"--partition={partition}"] if partition else []),
+                *([f"--account={account}"] if account else []),
+                *(f"--setup={line}" for line in setup),
+            ]
+        ),
         arguments=shlex.join(
             ["train", "--resume", str(Path(config).resolve()), *overrides]
             if resumed

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from regrowth.errors import RegrowthError, UserError
-from regrowth.files import read_json, write_json
+from regrowth.errors import RegrowthError, Stopped, UserError
+from regrowth.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from regrowth.data_pipeline.corpus import Corpus
@@ -72,10 +72,15 @@ def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" 
     _note_spare_vocabulary(config, place, console)
     watch = Watch(run.path, config.run.steps, console)
     try:
-        run_local(run.path, place, config.parallel.world_size, watch)
+        while True:
+            try:
+                run_local(run.path, place, run.plan().world_size, watch)
+                return run
+            except Stopped:
+                if not run.replanned:  # then other ranks go on
+                    raise
     finally:
         watch.close()
-    return run
 
 
 def own_corpus(config: "RunConfig", console: Console) -> str:
@@ -121,10 +126,12 @@ def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
         folder = run or RunFolder.create(config)
         if run is None:
             write_json(folder.path / "data.json", {"corpus": place})
+        if job := os.environ.get("SLURM_JOB_ID"):  # for the job's own script, which the run may outlive
+            write_text(config.run.folder / "slurm" / f"job-{job}.run", str(folder.path.resolve()))
         return folder.path, place
 
     try:
-        config.parallel.check_world(int(os.environ["WORLD_SIZE"]))
+        (run.plan(config) if run else config.parallel).check_world(int(os.environ["WORLD_SIZE"]))
     except ValueError as error:
         raise UserError(f"{error}.") from error
     # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.

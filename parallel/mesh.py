@@ -84,6 +84,7 @@ class Mesh:
         self.place: dict[str, int] = {axis: int(i) for axis, i in zip(AXES, np.argwhere(grid == self.rank)[0], strict=True)}
         pp, replicate, tp = plan.pp, plan.dp_replicate, plan.tp
         experts = grid.reshape(pp, replicate, plan.shards_weights // plan.ep, plan.ep, tp)
+        self._made: list[dist.ProcessGroup] = []
         self._groups: dict[str, dist.ProcessGroup | None] = {}
         self._sizes: dict[str, int] = {}
         for name, axes in self.GROUPS.items():
@@ -114,7 +115,14 @@ class Mesh:
         self._groups[name] = self._new_group(rows[np.argwhere(rows == self.rank)[0][0]])
 
     def _new_group(self, ranks: np.ndarray) -> dist.ProcessGroup:
-        return _new_group(ranks, self.timeout_seconds)
+        self._made.append(_new_group(ranks, self.timeout_seconds))
+        return self._made[-1]
+
+    def close(self) -> None:
+        """Leave the groups that were made here; nothing that was built on the mesh may be used any more."""
+        for group in self._made:
+            dist.destroy_process_group(group)
+        self._made.clear()
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of this rank along an axis or a named set of axes; None where it would hold this rank alone."""

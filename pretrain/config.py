@@ -10,7 +10,7 @@ from regrowth.data_pipeline.mixing.config import Mixing, StaticMixing
 from regrowth.errors import UserError, nearest
 from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.pretrain.growth.plan import GrowthPlan
+from regrowth.pretrain.growth.event import GrowthEvent
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.safety import SafetyConfig
 from regrowth.settings import PlainName, Settings, find_recipe, load
@@ -86,12 +86,6 @@ class PrecisionConfig(Settings):
         return recipe if self.full_precision_last is None else replace(recipe, full_precision_last=self.full_precision_last)
 
 
-class GrowthEvent(GrowthPlan):
-    """Grow the model before step `at_step`."""
-
-    at_step: Count
-
-
 class CheckpointConfig(Settings):
     """When to write checkpoints, and how many to keep."""
 
@@ -133,7 +127,7 @@ class RunConfig(Settings):
         self.parallel.check_model(self.model, self.loader.sequence_length, self.loader.global_batch)
         self._shorter_lengths_fit()
         self._grown_shapes_fit()
-        steps = [event.at_step for event in self.growth]
+        steps = [event.at_step for event in self.growth if event.at_step is not None]
         if steps != sorted(set(steps)):
             raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
         if steps and steps[-1] >= self.run.steps:
@@ -159,19 +153,21 @@ class RunConfig(Settings):
 
     def _grown_shapes_fit(self) -> None:
         """The plan and the precision recipe must fit every shape that the model will have."""
-        model = self.model
-        self._blocks_divide(model)
+        model, plan, loader = self.model, self.parallel, self.loader
+        self._blocks_divide(model, plan)
         for event in self.growth:
             try:
-                model = event.configs(model)[-1]
-                self.parallel.check_model(model, self.loader.sequence_length, self.loader.global_batch)
-                self._blocks_divide(model)
+                model, plan = event.configs(model)[-1], event.plan_after(plan)
+                plan.check_batch(loader.global_batch)
+                for length in {loader.sequence_length, *(stage.sequence_length for stage in loader.length_schedule)}:
+                    plan.check_model(model, length, loader.global_batch)
+                self._blocks_divide(model, plan)
             except (ValueError, UserError) as error:
-                raise ValueError(f"after the growth at step {event.at_step}: {error}") from error
+                raise ValueError(f"after the growth at {event.at}: {error}") from error
 
-    def _blocks_divide(self, model: ModelConfig) -> None:
+    def _blocks_divide(self, model: ModelConfig, plan: ParallelPlan) -> None:
         """Scales per block need dims that are multiples of the block."""
-        recipe, plan = self.precision.build(), self.parallel
+        recipe = self.precision.build()
         # The second matrix of a pair is cut along what it contracts, the first along what its input gradient contracts.
         attention = {
             "model.width": model.width,

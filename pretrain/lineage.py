@@ -40,10 +40,15 @@ class Lineage(Settings):
         return self.model_copy(update={"parents": [*self.parents, parent], "step": 0})
 
     @property
+    def growths(self) -> list[Parent]:
+        """The growths of the present run, oldest first."""
+        begun = max((i for i, parent in enumerate(self.parents) if parent.relation == "continued from"), default=-1)
+        return [parent for parent in self.parents[begun + 1 :] if parent.relation == "grown from"]
+
+    @property
     def growth_steps(self) -> list[int]:
         """The steps of the present run before which growths happened."""
-        begun = max((i for i, parent in enumerate(self.parents) if parent.relation == "continued from"), default=-1)
-        return [parent.step for parent in self.parents[begun + 1 :] if parent.relation == "grown from"]
+        return [parent.step for parent in self.growths]
 
     def lines(self) -> list[str]:
         """The record for people, oldest first."""

@@ -22,7 +22,10 @@ from regrowth import __version__
 from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import UserError
 from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, read_jsonl, write_json, write_text
+from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.growth.event import plan_in_force
+from regrowth.pretrain.lineage import read_lineage
 from regrowth.settings import load, to_toml
 
 LOGS = ("metrics", "evaluations", "mixing", "events")
@@ -103,6 +106,20 @@ class RunFolder:
                     # What stands in front of a step stays: its evaluation, and what its decisions are made by.
                     if row["step"] < step + (name == "evaluations" or (name == "mixing" and not is_decision(row))):
                         out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def plan(self, config: RunConfig | None = None) -> ParallelPlan:
+        """The parallel plan on which the run goes on, which growths may have changed: as its newest checkpoint's lineage tells."""
+        config = config or self.config()
+        found = [path for path in self.path.glob("checkpoints/step-*/lineage.json") if (path.parent / "manifest.json").exists()]
+        if not config.growth or not found:
+            return config.parallel
+        newest = max(found, key=lambda path: (int(path.parent.name.split("-")[1]), path.parent.name)).parent
+        return plan_in_force(config.parallel, config.growth, read_lineage(newest))
+
+    @property
+    def replanned(self) -> bool:
+        """Whether the run waits for a launcher to start the ranks that it needs after a growth."""
+        return any(row["event"] == "replanned" for row in self.rows("events")[-1:])
 
     @property
     def finished(self) -> bool:

@@ -7,6 +7,7 @@ goes on with other data. All ranks decide alike, because they decide on sums ove
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -27,9 +28,9 @@ class SafetyConfig(Settings):
 class StepGuard:
     """Remembers losses and gradient norms, and says above which the next step is an outlier."""
 
-    def __init__(self, config: SafetyConfig) -> None:
+    def __init__(self, config: SafetyConfig, remember: int = 0) -> None:
         self.config = config
-        self.losses: deque[float] = deque(maxlen=config.window)
+        self.losses: deque[float] = deque(maxlen=max(config.window, remember))
         self.norms: deque[float] = deque(maxlen=config.window)
         self.in_a_row = 0
         self.rewinds = 0
@@ -44,9 +45,10 @@ class StepGuard:
         """Above it, a gradient norm is an outlier."""
         return self._limit(self.norms)
 
-    def _limit(self, values: deque[float]) -> float:
+    def _limit(self, values: Sequence[float]) -> float:
         if self.config.skip_sigma is None or len(values) < self.config.window:
             return math.inf
+        values = list(values)[-self.config.window :]
         mean = math.fsum(values) / len(values)
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
         return mean + self.config.skip_sigma * max(deviation, 1e-3 * abs(mean))
@@ -75,6 +77,6 @@ class StepGuard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.losses = deque(state.get("losses", []), maxlen=self.config.window)
+        self.losses = deque(state.get("losses", []), maxlen=self.losses.maxlen)
         self.norms = deque(state.get("norms", []), maxlen=self.config.window)
         self.in_a_row, self.rewinds = int(state.get("in_a_row", 0)), int(state.get("rewinds", 0))

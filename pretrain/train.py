@@ -15,11 +15,11 @@ import torch
 from regrowth import __version__
 from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.errors import RunFailed, UserError
+from regrowth.errors import RunFailed
 from regrowth.files import exclusive, fingerprint
 from regrowth.parallel.agree import check_same, on_every_rank, on_first_rank
 from regrowth.parallel.heartbeat import explain, record_collectives
-from regrowth.parallel.mesh import Mesh, choose_device, process_group
+from regrowth.parallel.mesh import choose_device, process_group
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.session import prepare_process
@@ -48,7 +48,7 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
         ranks_here: ranks on this machine, which share its cores.
 
     Raises:
-        Stopped: on request, after a checkpoint.
+        Stopped: on request, after a checkpoint; or by a growth, after which the plan needs another number of ranks.
         UserError: config, corpus and checkpoint do not fit.
         RunFailed: a checkpoint could not be written, or the loss is not finite step after step.
     """
@@ -59,19 +59,14 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)
     record_collectives(folder / "logs")
-    with process_group(device, config.run.timeout_seconds) as (rank, world_size):
-        try:
-            config.parallel.check_world(world_size)
-        except ValueError as error:
-            raise UserError(f"{folder}/config.toml: {error}.") from error
+    with process_group(device, config.run.timeout_seconds) as (rank, _):
         corpus = on_every_rank(lambda: open_corpora(place, config.loader))
         check_same(identity(config, corpus))
         with ExitStack() as held:
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
-            mesh = Mesh(config.parallel, device, config.run.timeout_seconds)
             try:
-                Trainer(run, config, corpus, mesh, rank, lambda: stop.asked).run_to_the_end()
+                Trainer(run, config, corpus, device, rank, lambda: stop.asked).run_to_the_end()
             except RuntimeError as error:
                 if told := explain(folder / "logs", error, rank):
                     raise RunFailed(f"{folder}: {told}") from error

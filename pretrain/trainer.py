@@ -20,13 +20,14 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import Exhausted, RegrowthError, RunFailed, Stopped
 from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
-from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.background import BackgroundSaver, Saved
-from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, prune, set_aside
-from regrowth.pretrain.config import GrowthEvent, RunConfig
+from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, prune, read_state, set_aside
+from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout, total
+from regrowth.pretrain.growth.event import GrowthEvent, waiting
 from regrowth.pretrain.growth.grow import grow_checkpoint
 from regrowth.pretrain.growth.plan import GrowthPlan
+from regrowth.pretrain.keeper import PlanKeeper
 from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.memory import is_out_of_memory
 from regrowth.pretrain.memory import letter as memory_letter
@@ -46,26 +47,34 @@ class Trainer:
         asked_to_stop: whether this rank was asked to; any rank's answer stops all of them after the step, with a checkpoint.
     """
 
-    def __init__(self, run: RunFolder, config: RunConfig, corpus: Corpus, mesh: Mesh, rank: int, asked_to_stop: Callable[[], bool]) -> None:
-        self.run, self.config, self.corpus = run, config, corpus
-        self.mesh, self.device, self.rank, self.asked_to_stop = mesh, mesh.device, rank, asked_to_stop
+    def __init__(
+        self, run: RunFolder, config: RunConfig, corpus: Corpus, device: torch.device, rank: int, asked_to_stop: Callable[[], bool]
+    ) -> None:
+        self.run, self.plan, self.corpus = run, PlanKeeper(run, config, device, rank), corpus
+        self.device, self.rank, self.asked_to_stop = device, rank, asked_to_stop
         self.recipe = config.precision.build()
         self.metrics = MetricsWriter(run) if rank == 0 else None
-        self.guard = StepGuard(config.safety)
-        self.heart = Heartbeat(run.path / "logs", rank, config.parallel.world_size)
-        self.saver = BackgroundSaver(config.parallel.world_size, config.run.timeout_seconds)
+        self.guard = StepGuard(config.safety, max([0, *(2 * event.at_plateau.window for event in config.growth if event.at_plateau)]))
         self.told_recipe = ""
         self.rewound_to = -1
         with patience(config.run.timeout_seconds):  # checkpoints are read whole, to see that they are
             checkpoint = on_first_rank(self._where_to_start)
+        self.plan.follow(checkpoint)
+        self.heart = Heartbeat(run.path / "logs", rank, self.config.parallel.world_size)
+        self.saver = BackgroundSaver(self.config.parallel.world_size, config.run.timeout_seconds)
         self.saved_at = -1
-        self.session = Session(config, corpus, mesh, checkpoint)
+        self.session = Session(self.config, corpus, self.plan.mesh, checkpoint)
         if checkpoint:
             self.saved_at = self.session.step
             self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
         self._begin_decisions(self.session.step)
         if not checkpoint:
             self._event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config, with the plan that it is on."""
+        return self.plan.config
 
     def run_to_the_end(self) -> None:
         """Steps, and between them growths, evaluations and checkpoints."""
@@ -75,9 +84,11 @@ class Trainer:
             gc.disable()  # a collection on one rank makes all the others wait; all of them collect at the same steps
         try:
             with Profile(self.config.run, self.run.path, self.rank, self.device) as profile:
+                if done in self.session.lineage.growth_steps:
+                    self._evaluate(done, self.config.evaluation.sequences_per_domain, note="after growth")
                 while done < steps:
                     if event := self._growth_due(done):
-                        self._grow(event)
+                        self._grow(event, done)
                     try:
                         self.train_step(done)
                     except (RuntimeError, MemoryError) as error:
@@ -168,7 +179,7 @@ class Trainer:
         limit = self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
         norm = engine.step(lr, config.optimizer.clip, limit)
         updated = norm < math.inf and norm <= limit
-        routed = balance(engine.modules, session.model_config, self.mesh, move=updated)
+        routed = balance(engine.modules, session.model_config, self.plan.mesh, move=updated)
         decision = session.loader.observe(step, self._domain_losses(ids, sums))
         self._account(ids, tokens, config.loader.length_at(step))
         self._tell_of_the_data(step)
@@ -280,9 +291,7 @@ class Trainer:
             self._event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
             return step
         rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors_before(step)
-        self.session.close()
-        del self.session
-        self.session = Session(self.config, self.corpus, self.mesh, checkpoint)
+        self._begin_session(checkpoint)
         self.session.loader.cursors = cursors
         self.guard.load_state_dict({**self.session.trainer_state.get("guard", {}), "in_a_row": 0, "rewinds": rewinds})
         self.rewound_to = back = self.session.step
@@ -301,21 +310,19 @@ class Trainer:
         return back
 
     def _growth_due(self, step: int) -> GrowthEvent | None:
-        done = self.session.lineage.growth_steps
-        return next((event for event in self.config.growth if event.at_step == step and step not in done), None)
+        lineage = self.session.lineage
+        left = waiting(self.config.growth, lineage)
+        due = left and step not in lineage.growth_steps and left[0].due(step, lineage.tokens, self.guard.losses)
+        return left[0] if due else None
 
-    def _grow(self, event: GrowthEvent) -> None:
-        step, before = event.at_step, self.session.model_config
+    def _grow(self, event: GrowthEvent, step: int) -> None:
+        before = self.session.model_config
         self._evaluate(step, self.config.evaluation.sequences_per_domain)
         self._save(step, wait=True)
         source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
         with patience(self.config.run.timeout_seconds):
             on_first_rank(lambda: _grow_again(source, target, event))
-        self.session.close()
-        del self.session  # free the small model before the large one is built
-        self.session = Session(self.config, self.corpus, self.mesh, target)
-        self.guard.forget()
-        after = self.session.model_config
+        after = read_state(target).model
         self._event(
             "growth",
             step=step,
@@ -324,7 +331,16 @@ class Trainer:
             width=[before.width, after.width],
             parameters=[before.parameters, after.parameters],
         )
+        self._begin_session(target)
+        self.guard.forget()
         self._evaluate(step, self.config.evaluation.sequences_per_domain, note="after growth")
+
+    def _begin_session(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of another model, or of another time."""
+        self.session.close()
+        del self.session  # free the one model before the other is built
+        self.plan.follow(checkpoint)
+        self.session = Session(self.config, self.corpus, self.plan.mesh, checkpoint)
 
     def _save(self, step: int, wait: bool = False) -> None:
         """Begin to write a checkpoint of this moment, and with `wait` see it stand."""

@@ -36,7 +36,7 @@ def test_user_strings_reach_the_command_as_they_are(tmp_path: Path) -> None:
     nasty = 'run.name=it\'s "$(touch pwned)" & more'
     text = script(overrides=[nasty])
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    command = text[text.index("-m regrowth") :]
+    command = text[text.index("-m regrowth") : text.index(" || status")]
     assert shlex.split(command)[2:] == ["train", str((Path(__file__).parents[2] / "configs/quickstart.toml").resolve()), nasty]
 
 
@@ -45,7 +45,12 @@ def test_a_runs_folder_is_gone_on_with(documents: Path, tmp_path: Path) -> None:
     folder.mkdir()
     write_config(folder / "config.toml", documents, tmp_path)
     text = script(str(folder), ["checkpoint.keep=9"])
-    assert shlex.split(text[text.index("-m regrowth") :])[2:] == ["train", "--resume", str(folder), "checkpoint.keep=9"]
+    assert shlex.split(text[text.index("-m regrowth") : text.index(" || status")])[2:] == [
+        "train",
+        "--resume",
+        str(folder),
+        "checkpoint.keep=9",
+    ]
 
 
 def test_a_line_break_in_an_option_is_refused() -> None:
@@ -73,6 +78,25 @@ def test_a_run_on_two_nodes_of_a_real_slurm(cluster: Path, documents: Path, tmp_
     assert list((tmp_path / "runs").glob("*_*/metrics.jsonl")), told
     run = only_run(tmp_path)
     assert run.finished and len(run.rows("metrics")) == 4, told
+
+
+@pytest.mark.slow
+def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: Path, documents: Path, tmp_path: Path) -> None:
+    growth = [{"at_step": 2, "operators": [{"op": "stack"}], "parallel": {"dp_shard": 2}}]
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, growth=growth)
+    setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
+    text, logs = render(str(config), [], 1, "ci", None, 5, 0, setup, ranks_per_node=1)
+    logs.mkdir(parents=True, exist_ok=True)
+    submit(text)
+    until = time.monotonic() + 200
+    while time.monotonic() < until and not (list((tmp_path / "runs").glob("*_*/events.jsonl")) and only_run(tmp_path).finished):
+        time.sleep(0.5)
+    told = "\n".join(p.read_text() for p in logs.glob("*.log"))
+    run = only_run(tmp_path)
+    assert run.finished and [row["layers"] for row in run.rows("metrics")] == [2, 2, 4, 4], told
+    assert "Submitted batch job" in told and len(list(logs.glob("slurm-*.log"))) == 2, told
+    nodes = subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True, timeout=20).stdout
+    assert "NumNodes=1" in nodes and "NumNodes=2" in nodes, nodes
 
 
 def test_what_slurm_refuses_is_told_in_its_own_words(cluster: Path) -> None:

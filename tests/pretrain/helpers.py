@@ -26,7 +26,7 @@ def new_run(corpus: Corpus, runs: Path, **sections: Any) -> RunFolder:
 
 def go(run: RunFolder, corpus: Corpus, ranks: Ranks) -> RunFolder:
     """Run to the end on as many ranks as the plan wants."""
-    ranks(run.config().parallel.world_size).run(train, run.path, corpus.folder)
+    ranks(run.plan().world_size).run(train, run.path, corpus.folder)
     return run
 
 
