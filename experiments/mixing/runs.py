@@ -9,28 +9,21 @@ there is. What is finished is also written to `--results`, a small file that goe
 """
 
 import argparse
-import itertools
 import math
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from regrowth.data_pipeline.prepare import prepare
-from regrowth.errors import UserError
-from regrowth.files import fingerprint, read_json, write_json
-from regrowth.launch.training import run_training
-from regrowth.pretrain.config import RunConfig
-from regrowth.pretrain.run_folder import RunFolder
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from grid import DATA, Grid, macro, spell, steps_to
 
-DATA = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+from regrowth.pretrain.config import RunConfig
+
 STEPS, EVERY = 250, 25
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -64,91 +57,6 @@ def config(out: Path, policy: str, seed: int) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def runs(out: Path, policy: str, seed: int) -> list[RunFolder]:
-    """The folders of a policy's run with a seed; those of another config, of an older state of this program, are not looked at."""
-    found = [RunFolder(path) for path in sorted((out / "runs").glob(f"*_{policy}-{seed}*")) if (path / "config.toml").exists()]
-    return [run for run in found if _is_of(run, config(out, policy, seed))]
-
-
-def _is_of(run: RunFolder, wanted: RunConfig) -> bool:
-    try:
-        return run.config() == wanted
-    except UserError:  # of another version
-        return False
-
-
-def train(out: Path, policy: str, seed: int) -> None:
-    """One run, from where it stands."""
-    there = runs(out, policy, seed)
-    run_training(config(out, policy, seed), Console(), there[-1] if there else None)
-
-
-def train_all(out: Path, results: Path, seeds: int, at_once: int) -> None:
-    """What is not finished, seed by seed, so that every policy has as many; each in a process of its own, which writes to a log."""
-    done = gather(out, results, seeds)
-    wanted = [(policy, seed) for seed in range(seeds) for policy in POLICIES if f"{policy}-{seed}" not in done]
-    if not wanted:
-        return
-    data = config(out, *wanted[0]).data
-    assert data is not None
-    prepare(data)
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-
-    def one(which: tuple[str, int]) -> int:
-        command = [sys.executable, __file__, "--out", str(out), "--run", which[0], str(which[1])]
-        with (out / "logs" / f"{which[0]}-{which[1]}.log").open("a") as log:
-            return subprocess.run(command, stdout=log, stderr=log).returncode
-
-    with ThreadPoolExecutor(at_once) as pool:
-        for which, code in zip(wanted, track(pool.map(one, wanted), "runs", len(wanted)), strict=True):
-            if code:
-                print(f"{which[0]}, seed {which[1]}: ended with exit code {code}; see {out / 'logs'}")
-
-
-def gather(out: Path, results: Path, seeds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """The curves of all finished runs, by name: nats per token by domain at each evaluation. What is new is added to the results file."""
-    stored = read_json(results) if results.exists() else {}
-    for seed, policy in itertools.product(range(seeds), POLICIES):
-        run = next((run for run in runs(out, policy, seed) if run.finished), None)
-        if run is not None:
-            curve = {
-                str(row["step"]): {domain: round(s["loss"], 5) for domain, s in row["domains"].items()} for row in run.rows("evaluations")
-            }
-            stored[f"{policy}-{seed}"] = {"config": of_config(policy, seed), "curve": curve}
-    if stored:
-        write_json(results, stored)
-    wanted = {f"{policy}-{seed}": of_config(policy, seed) for seed, policy in itertools.product(range(seeds), POLICIES)}
-    return {name: stored[name]["curve"] for name, its in wanted.items() if name in stored and stored[name]["config"] == its}
-
-
-def of_config(policy: str, seed: int) -> str:
-    """A hash of a run's config, wherever it lies."""
-    return fingerprint(config(Path("anywhere"), policy, seed).model_dump(mode="json", exclude={"data": {"sources"}}))
-
-
-def macro(losses: dict[str, float]) -> float:
-    """Mean over domains of nats per token; its exponential is the macro perplexity."""
-    return float(np.mean(list(losses.values())))
-
-
-def confidence(differences: list[float]) -> str:
-    """Mean and 95% interval (Student's t) of paired differences."""
-    n = len(differences)
-    if n < 2:
-        return f"{np.mean(differences):+.4f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(n, 2.0)
-    return f"{np.mean(differences):+.4f} ± {t * np.std(differences, ddof=1) / math.sqrt(n):.4f}"
-
-
-def steps_to(curve: dict[str, dict[str, float]], loss: float) -> float:
-    """The step at which a curve of macro losses first comes to a loss, between evaluations in a straight line; infinite if it never does."""
-    points = sorted((int(step), macro(losses)) for step, losses in curve.items())
-    for (a, high), (b, low) in itertools.pairwise(points):
-        if low <= loss:
-            return b if high <= loss else a + (b - a) * (high - loss) / (high - low)
-    return math.inf
-
-
 def show(curves_of: dict[str, dict[str, dict[str, float]]], seeds: int) -> None:
     """The table: macro loss, paired differences to natural, steps to the best static mix's final loss, perplexity by domain."""
     console = Console(width=150)
@@ -171,7 +79,7 @@ def show(curves_of: dict[str, dict[str, dict[str, float]]], seeds: int) -> None:
     )
     for policy in POLICIES:
         macros = [macro(losses) for losses in final[policy]]
-        against = {o: confidence([a - macro(b) for a, b in zip(macros, final[o], strict=True)]) for o in ("natural", "uniform")}
+        against = {o: spell([a - macro(b) for a, b in zip(macros, final[o], strict=True)]) for o in ("natural", "uniform")}
         steps = [steps_to(curve, macro(end)) for curve, end in zip(curves[policy], final[best], strict=True)]
         came = [s for s in steps if math.isfinite(s)]
         told = f"{np.mean(came):.0f} ({len(came)} of {len(steps)})" if came else "never"
@@ -197,12 +105,14 @@ def main() -> None:
     if not DATA.exists():
         print(f"skipped: needs the shared data in {DATA}")
         return
+    grid = Grid(Path(__file__), arguments.out, arguments.results, config)
     if arguments.run:
-        train(arguments.out, arguments.run[0], int(arguments.run[1]))
+        grid.train(arguments.run[0], int(arguments.run[1]))
         return
+    wanted = [(policy, seed) for seed in range(arguments.seeds) for policy in POLICIES]
     if not arguments.table:
-        train_all(arguments.out, arguments.results, arguments.seeds, arguments.at_once)
-    show(gather(arguments.out, arguments.results, arguments.seeds), arguments.seeds)
+        grid.train_all(wanted, arguments.at_once)
+    show(grid.gather(wanted), arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ class ZeroPad(GrowthOperator):
 
     New entries of the residual stream are written as zeros and read with fresh weights; new heads and hidden units are written with fresh weights and read
     as zeros: nothing changes, and gradients reach all that is new. RMSNorm's mean is over more entries: its gain is multiplied by sqrt(d / D) and its eps by
-    d / D (with qk-norm, whose eps is the same key, this is exact up to eps). New KV heads are copies, each read by a part of the group.
+    d / D (with qk-norm, whose eps is the same key, this is exact up to eps). New KV heads are new where heads grow in the same
+    proportion, with the new heads to read them; else they are copies, each read by a part of the group.
     """
 
     op: Literal["zero_pad"] = "zero_pad"
@@ -44,10 +45,11 @@ class ZeroPad(GrowthOperator):
             raise ValueError(
                 "zero_pad: name a size that is larger than the model's: width, heads, kv_heads, ffn_width, expert_width, shared_width"
             )
-        if grown.kv_heads % config.kv_heads or config.heads % grown.kv_heads:
+        if not _new_groups(config, grown) and (grown.kv_heads % config.kv_heads or config.heads % grown.kv_heads):
             allowed = [k for k in range(config.kv_heads, config.heads + 1, config.kv_heads) if config.heads % k == 0]
             raise ValueError(
-                f"zero_pad: kv_heads = {grown.kv_heads}: choose from {', '.join(map(str, allowed))}, so that every head keeps its keys"
+                f"zero_pad: kv_heads = {grown.kv_heads}: choose from {', '.join(map(str, allowed))}, so that every head keeps its keys, or let heads and "
+                "kv_heads grow by one factor"
             )
         return grown
 
@@ -84,7 +86,10 @@ class ZeroPad(GrowthOperator):
 
     def _places(self, kind: str, config: ModelConfig, grown: ModelConfig) -> list[int]:
         """The source entry of each target entry of a dim, -1 where there is none."""
-        if kind == "queries":
+        if kind in ("queries", "keys") and _new_groups(config, grown):
+            before, after = (config.heads, grown.heads) if kind == "queries" else (config.kv_heads, grown.kv_heads)
+            heads = [i if i < before else -1 for i in range(after)]
+        elif kind == "queries":
             before, after = config.heads // grown.kv_heads, grown.heads // grown.kv_heads  # heads that read one KV head
             heads = [group * before + i if i < before else -1 for group in range(grown.kv_heads) for i in range(after)]
         elif kind == "keys":
@@ -93,3 +98,8 @@ class ZeroPad(GrowthOperator):
             size = size_of(kind, config)
             return [i if i < size else -1 for i in range(size_of(kind, grown))]
         return [-1 if head < 0 else head * config.head_dim + i for head in heads for i in range(config.head_dim)]
+
+
+def _new_groups(config: ModelConfig, grown: ModelConfig) -> bool:
+    """Whether the new heads come with KV heads of their own, in groups as large as those there are."""
+    return grown.kv_heads > config.kv_heads and grown.heads * config.kv_heads == config.heads * grown.kv_heads

@@ -85,6 +85,7 @@ KEEPING = {
     "heads": {"op": "zero_pad", "heads": 8},
     "KV heads": {"op": "zero_pad", "kv_heads": 4},
     "heads and KV heads": {"op": "zero_pad", "heads": 12, "kv_heads": 4},
+    "groups of heads": {"op": "zero_pad", "heads": 6, "kv_heads": 3, "width": 40},
     "hidden": {"op": "zero_pad", "ffn_width": 64},
     "identities": {"op": "interpose", "zero_copies": True, "keep_last": 1},
     "silent stack": {"op": "stack", "layers": 5, "zero_copies": True},
@@ -219,7 +220,7 @@ def test_new_tokens_are_made_of_their_constituents(tmp_path: Path) -> None:
         ({"op": "zero_pad", "width": 20}, False, "width = 20 .now 24.: growing only adds"),
         ({"op": "zero_pad"}, False, "name a size that is larger"),
         ({"op": "zero_pad", "expert_width": 90}, False, "expert_width is a size of experts, and the model has none"),
-        ({"op": "zero_pad", "kv_heads": 3, "heads": 6}, False, "kv_heads = 3: choose from 2, 4"),
+        ({"op": "zero_pad", "kv_heads": 3, "heads": 9}, False, "kv_heads = 3: choose from 2, 4"),
         (
             {"op": "zero_pad", "heads": 7},
             False,

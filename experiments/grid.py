@@ -1,0 +1,136 @@
+"""A grid of runs by name and seed: each in a process of its own, begun again where it was stopped, and what is finished kept in one small file.
+
+An experiment gives the config of each run. A program that uses it is called for a single run with `--run NAME SEED`.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from regrowth.data_pipeline.prepare import prepare
+from regrowth.errors import UserError
+from regrowth.files import fingerprint, read_json, write_json
+from regrowth.launch.training import run_training
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.run_folder import RunFolder
+
+DATA = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+Curve = dict[str, dict[str, float]]  # by step: nats per token by domain
+Wanted = Sequence[tuple[str, int]]  # names and seeds, the most wanted first
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs below `out`; `results` is what goes on in another place where the runs' folders are not.
+
+    Args:
+        config: the config of a name and a seed, with its folders below a folder.
+    """
+
+    program: Path
+    out: Path
+    results: Path
+    config: Callable[[Path, str, int], RunConfig]
+
+    def folders(self, name: str, seed: int) -> list[RunFolder]:
+        """The folders of a run; those of another config, of an older state of the program, are not looked at."""
+        found = [RunFolder(path) for path in sorted((self.out / "runs").glob(f"*_{name}-{seed}*")) if (path / "config.toml").exists()]
+        return [run for run in found if self._is_of(run, self.config(self.out, name, seed))]
+
+    @staticmethod
+    def _is_of(run: RunFolder, wanted: RunConfig) -> bool:
+        try:
+            return run.config() == wanted
+        except UserError:  # of another version
+            return False
+
+    def train(self, name: str, seed: int) -> None:
+        """One run, from where it stands."""
+        there = self.folders(name, seed)
+        run_training(self.config(self.out, name, seed), Console(), there[-1] if there else None)
+
+    def train_all(self, wanted: Wanted, at_once: int) -> None:
+        """What is not finished, in its order."""
+        done = self.gather(wanted)
+        missing = [(name, seed) for name, seed in wanted if f"{name}-{seed}" not in done]
+        if not missing:
+            return
+        data = self.config(self.out, *missing[0]).data
+        assert data is not None
+        prepare(data)
+        logs = self.out / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+
+        def one(which: tuple[str, int]) -> int:
+            command = [sys.executable, str(self.program), "--out", str(self.out), "--run", which[0], str(which[1])]
+            with (logs / f"{which[0]}-{which[1]}.log").open("a") as log:
+                code = subprocess.run(command, stdout=log, stderr=log).returncode
+            self.gather([which])
+            return code
+
+        with ThreadPoolExecutor(at_once) as pool:
+            for which, code in zip(missing, track(pool.map(one, missing), "runs", len(missing)), strict=True):
+                if code:
+                    print(f"{which[0]}, seed {which[1]}: ended with exit code {code}; see {logs}")
+
+    def gather(self, wanted: Wanted) -> dict[str, Curve]:
+        """The curves of the finished runs among those, by name. What is new is added to the results file."""
+        stored = read_json(self.results) if self.results.exists() else {}
+        before = dict(stored)
+        for name, seed in wanted:
+            run = next((run for run in self.folders(name, seed) if run.finished), None)
+            if run is not None:
+                curve = {str(row["step"]): {d: round(s["loss"], 5) for d, s in row["domains"].items()} for row in run.rows("evaluations")}
+                stored[f"{name}-{seed}"] = {"config": self._hash(name, seed), "curve": curve}
+        if stored != before:
+            write_json(self.results, stored)
+        hashes = {f"{name}-{seed}": self._hash(name, seed) for name, seed in wanted}
+        return {name: stored[name]["curve"] for name, its in hashes.items() if name in stored and stored[name]["config"] == its}
+
+    def _hash(self, name: str, seed: int) -> str:
+        """Of a run's config, wherever it lies."""
+        return fingerprint(self.config(Path("anywhere"), name, seed).model_dump(mode="json", exclude={"data": {"sources"}}))
+
+
+def macro(losses: dict[str, float]) -> float:
+    """Mean over domains of nats per token; its exponential is the macro perplexity."""
+    return float(np.mean(list(losses.values())))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval (Student's t); infinite for a single value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.inf
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(n, 2.0)
+    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def spell(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and interval of differences, for a table."""
+    mean, half = interval(values)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:+.{digits}f}"
+
+
+def points(curve: Curve) -> list[tuple[int, float]]:
+    """(step, macro loss), in order."""
+    return sorted((int(step), macro(losses)) for step, losses in curve.items())
+
+
+def steps_to(curve: Curve, loss: float) -> float:
+    """The step at which a curve of macro losses first comes to a loss, between evaluations in a straight line; infinite if it never does."""
+    for (a, high), (b, low) in itertools.pairwise(points(curve)):
+        if low <= loss:
+            return b if high <= loss else a + (b - a) * (high - loss) / (high - low)
+    return math.inf
