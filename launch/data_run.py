@@ -20,6 +20,7 @@ from regrowth.errors import RunFailed, UserError
 from regrowth.files import read_json, write_json
 from regrowth.launch.data import data_config, prepare_with_progress, print_corpus, show_plan
 from regrowth.launch.slurm import ArrayJob, queued, render_array, submit
+from regrowth.mpi import started_by_mpi
 
 _GATE_SECONDS = 20.0
 
@@ -27,8 +28,7 @@ _GATE_SECONDS = 20.0
 def run(recipe: str, overrides: list[str], executor: str | None, dry_run: bool, print_only: bool, wait: bool, retry_failed: bool) -> None:
     """Make the corpus of a recipe with the executor it names, or the one given."""
     config, console = data_config(recipe, overrides), Console()
-    ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
-    kind = executor or ("mpi" if ranks > 1 else config.executor.kind)
+    kind = executor or ("mpi" if started_by_mpi() else config.executor.kind)
     if kind not in ("local", "mpi", "slurm"):
         raise UserError(f"--executor {kind}: choose local, mpi or slurm.")
     if dry_run:

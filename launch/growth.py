@@ -1,5 +1,6 @@
 """Commands of growth: grow, plan a growth, average, lineage and its verification."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import cast, get_args
@@ -8,13 +9,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrowth.errors import RunFailed, UserError
+from regrowth.errors import RegrowthError, RunFailed, UserError
 from regrowth.launch.checkpoints import find_checkpoint, run_of
+from regrowth.launch.training import corpora_of
+from regrowth.mpi import ranks
 from regrowth.pretrain.checkpoint import identity_of, list_checkpoints, read_state, verify
-from regrowth.pretrain.growth.advice import PUBLISHED_SPEEDUPS, growth_tokens
+from regrowth.pretrain.evaluate import heldout
 from regrowth.pretrain.growth.average import Kind, average_checkpoints
 from regrowth.pretrain.growth.grow import grow_checkpoint
 from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
+from regrowth.pretrain.growth.probe import probe
 from regrowth.pretrain.lineage import Parent, read_lineage
 from regrowth.settings import load, parse_overrides, validate
 
@@ -33,7 +37,8 @@ def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, w
     *_, after = growth.configs(before)
     # Not among the run's own checkpoints: those are what the run goes on from.
     target = out or run_of(source).path / "grown" / f"{source.name}-{growth.describe()['op'].replace(' + ', '-')}-{after.parameters}"
-    console = Console()
+    together = ranks()
+    console = Console(quiet=together.rank > 0)
     table = Table("", "now", "grown")
     for key in ("layers", "width", "heads", "kv_heads", "ffn_width", "expert_count", "vocabulary", "parameters", "active_parameters"):
         if getattr(before, key) != getattr(after, key) or key in ("layers", "width", "parameters"):
@@ -44,11 +49,40 @@ def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, w
     )
     if dry_run:
         return console.print(f"would write {target}", soft_wrap=True)
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal or together.rank > 0) as bar:
         task = bar.add_task("growing", total=None)
-        grow_checkpoint(source, target, growth, workers, lambda done, total: bar.update(task, completed=done, total=total))
+        grow_checkpoint(source, target, growth, workers, lambda done, total: bar.update(task, completed=done, total=total), together)
+    if together.rank > 0:
+        return
     console.print(f"{target}: {after.layers} layers, {after.parameters:,} parameters", soft_wrap=True)
+    if growth.preserves_function(before):
+        console.print(_probed(source, target), soft_wrap=True)
     console.print(f"Train it with: regrowth train CONFIG run.start_from={target}", soft_wrap=True)
+
+
+def _probed(source: Path, target: Path) -> str:
+    """What a look at real text says of a growth that keeps the function.
+
+    Raises:
+        RunFailed: it does not.
+    """
+    weights = 4 * read_state(target).model.parameters
+    if weights > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        return f"not compared with its source on text: {weights / 1e9:.0f} GB of weights are more than half of this machine's memory."
+    try:
+        run = run_of(source)
+        batch = heldout(corpora_of(run), run.config().loader.sequence_length, 1)
+    except RegrowthError as error:
+        return f"not compared with its source on text: {error}"
+    found = probe(source, target, batch.slice(0, 4))
+    told = (
+        f"logits on {found.tokens:,} tokens of held-out text differ by at most {found.deviation:.2g} (the largest is {found.largest:.3g})"
+    )
+    if not found.holds:
+        raise RunFailed(
+            f"{target}: {told}, and this growth should keep the function. It stands for you to look into; do not train it. Please report this."
+        )
+    return f"{told}: the function stays."
 
 
 def average(paths: list[Path], out: Path, last: int | None, kind: str, decay: float) -> None:
@@ -69,56 +103,6 @@ def average(paths: list[Path], out: Path, last: int | None, kind: str, decay: fl
         raise UserError(f"{runs[0]}: a run's folder; say with --last how many of its checkpoints, or name checkpoints.")
     made = average_checkpoints(paths, out, cast("Kind", kind), decay)
     Console().print(f"{out}: {kind} average of {len(paths)} checkpoints, {made.model.parameters:,} parameters", soft_wrap=True)
-
-
-def plan(name: str, settings: list[str], tokens: float, cluster: str) -> None:
-    """The `grow plan` command."""
-    from regrowth.launch.show import machine_of
-    from regrowth.parallel.planner import predict
-    from regrowth.pretrain.config import load_config
-
-    config = load_config(name, [])
-    growth = plan_of(parse_overrides(settings), "regrowth grow plan")
-    small, large = config.model, growth.configs(config.model)[-1]
-    per_step, length = config.loader.global_batch * config.loader.sequence_length, config.loader.sequence_length
-    budget = tokens or float(config.run.steps * per_step)
-    compute = 6.0 * large.non_embedding_parameters * budget
-    base = growth_tokens(large.non_embedding_parameters, compute)
-    spent = base * small.train_flops_per_token(length)
-    console, table = Console(), Table("", "now", "grown")
-    machine = machine_of(cluster)
-    before, after = (predict(shape, config.parallel, machine, config.loader.global_batch, length) for shape in (small, large))
-    for what, values in (
-        ("parameters", [f"{shape.parameters:,}" for shape in (small, large)]),
-        ("without embeddings", [f"{shape.non_embedding_parameters:,}" for shape in (small, large)]),
-        ("training FLOPs per token", [f"{shape.train_flops_per_token(length):,}" for shape in (small, large)]),
-        (
-            f"peak memory per rank, {machine.name}",
-            [f"{p.memory_bytes / 2**20:,.0f} MiB{'' if p.fits else ', does not fit'}" for p in (before, after)],
-        ),
-        ("compute per step", [f"{p.compute_seconds:.3f} s" for p in (before, after)]),
-    ):
-        table.add_row(what, *values)
-    console.print(table)
-    scratch = budget * large.train_flops_per_token(length)
-    low, high = PUBLISHED_SPEEDUPS
-    console.print(
-        f"Trained from scratch on {budget:.3g} tokens, the grown model costs {scratch:.3g} FLOPs. The guideline of G_stack (arXiv 2405.15319) grows after "
-        f"{base:.3g} tokens of the small one: step {base / per_step:,.0f} of this config, {spent / scratch:.1%} of those FLOPs.",
-        soft_wrap=True,
-        highlight=False,
-    )
-    if base >= budget:
-        console.print(
-            "That is more than the whole budget: the guideline was fitted to 410M parameters and more, and says nothing for a run as small as this.",
-            soft_wrap=True,
-        )
-    console.print(
-        f"Published savings with stacking at 410M to 7B: the same loss for {1 / (1 + high):.0%} to {1 / (1 + low):.0%} of the FLOPs, the base's included; here that would be "
-        f"{scratch / (1 + high):.3g} to {scratch / (1 + low):.3g}. Depth by stacking four times is what they measured; a checkpoint that was trained longer is worth more.",
-        soft_wrap=True,
-        highlight=False,
-    )
 
 
 def lineage(path: Path) -> None:

@@ -125,17 +125,18 @@ def grow_checkpoint(
 
 @grow_app.command("plan")
 def grow_plan(
-    config: Config,
+    config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, a checkpoint or a run's folder.")],
     settings: Operators = None,
     tokens: Annotated[
         float, typer.Option(help="Tokens that the grown model is to be worth, as if it had been trained from scratch.")
     ] = 0.0,
     cluster: Annotated[str, typer.Option(help="laptop, h100_node, or a TOML file.")] = "laptop",
+    ranks: Annotated[int, typer.Option(help="For which to search a parallel plan; 0: as many as the config's.", min=0)] = 0,
 ) -> None:
-    """When to grow a config's model, and what it saves and costs."""
-    from regrowth.launch.growth import plan as go
+    """When to grow a model, what it saves and costs, and the parallel plan for the grown one."""
+    from regrowth.launch.growth_plan import plan as go
 
-    go(config, settings or [], tokens, cluster)
+    go(config, settings or [], tokens, cluster, ranks)
 
 
 @app.command()

@@ -218,7 +218,7 @@ def nearest_plan(plan: ParallelPlan, runs: Callable[[ParallelPlan], bool]) -> st
     """The nearest plan of as many ranks that `runs`, as overrides, or what to do where there is none."""
     best: _Candidate | None = None
     names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    for sizes in _factorings(plan.world_size, len(AXES)):
+    for sizes in factorings(plan.world_size, len(AXES)):
         here = dict(zip(AXES, sizes, strict=True))
         shared = here["dp_shard"] * here["cp"]
         for ep in {d for d in (1, plan.ep, math.gcd(plan.ep, shared)) if shared % d == 0}:
@@ -240,9 +240,9 @@ def nearest_plan(plan: ParallelPlan, runs: Callable[[ParallelPlan], bool]) -> st
     return f"The nearest plan of {plan.world_size} ranks that can run: {' '.join(changed)}"
 
 
-def _factorings(number: int, parts: int) -> itertools.chain[tuple[int, ...]]:
+def factorings(number: int, parts: int) -> itertools.chain[tuple[int, ...]]:
     """All ordered ways to write a number as a product."""
     if parts == 1:
         return itertools.chain([(number,)])
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return itertools.chain.from_iterable(((d, *rest) for rest in _factorings(number // d, parts - 1)) for d in divisors)
+    return itertools.chain.from_iterable(((d, *rest) for rest in factorings(number // d, parts - 1)) for d in divisors)

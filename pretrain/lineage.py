@@ -9,12 +9,14 @@ from regrowth.settings import Settings
 
 
 class Parent(Settings):
-    """An ancestor and what was done with it."""
+    """An ancestor and what was done with it. `tokens` and `train_flops` were spent on it by then, on its own ancestors too."""
 
     id: str
     relation: str  # "grown from", "continued from", "averaged from"
     step: int
     operator: dict[str, Any] = {}
+    tokens: int = 0
+    train_flops: float = 0.0
 
 
 class Lineage(Settings):
@@ -29,14 +31,18 @@ class Lineage(Settings):
     corpus: str = ""
     version: str = ""
 
+    def as_parent(self, parent_id: str, relation: str, operator: dict[str, Any]) -> Parent:
+        """This checkpoint as an ancestor."""
+        return Parent(id=parent_id, relation=relation, step=self.step, operator=operator, tokens=self.tokens, train_flops=self.train_flops)
+
     def grown(self, parent_id: str, operator: dict[str, Any]) -> "Lineage":
         """The record of a model grown from this one."""
-        parent = Parent(id=parent_id, relation="grown from", step=self.step, operator=operator)
+        parent = self.as_parent(parent_id, "grown from", operator)
         return self.model_copy(update={"parents": [*self.parents, parent]})
 
     def continued(self, parent_id: str) -> "Lineage":
         """The record of a new run that starts from this checkpoint; its steps count from 0, tokens and FLOPs go on."""
-        parent = Parent(id=parent_id, relation="continued from", step=self.step, operator={"op": "a new run"})
+        parent = self.as_parent(parent_id, "continued from", {"op": "a new run"})
         return self.model_copy(update={"parents": [*self.parents, parent], "step": 0})
 
     @property
@@ -52,7 +58,11 @@ class Lineage(Settings):
 
     def lines(self) -> list[str]:
         """The record for people, oldest first."""
-        told = [f"{p.id[:12]}, step {p.step:,}: {p.relation.removesuffix(' from')} by {_spell(p.operator)}" for p in self.parents]
+        told = [
+            f"{p.id[:12]}, step {p.step:,}{f', {p.train_flops:.3g} training FLOPs by then' if p.train_flops else ''}: "
+            f"{p.relation.removesuffix(' from')} by {_spell(p.operator)}"
+            for p in self.parents
+        ]
         return [*told, f"this checkpoint  step {self.step:,}, {self.tokens:,} tokens, {self.train_flops:.3g} training FLOPs in all"]
 
 

@@ -53,4 +53,4 @@ def average_checkpoints(sources: list[Path], target: Path, kind: Kind = "uniform
 
 def _parent(path: Path, state: CheckpointState, kind: Kind, weight: float) -> Parent:
     operator = {"op": f"{kind} average", "operators": [{"op": "average", "weight": round(weight, 6)}]}
-    return Parent(id=identity_of(path), relation="averaged from", step=state.lineage.step, operator=operator)
+    return state.lineage.as_parent(identity_of(path), "averaged from", operator)

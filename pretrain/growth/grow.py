@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import lru_cache
 from multiprocessing import get_context
@@ -19,6 +20,7 @@ import torch
 
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import disk_full_is_a_letter, exclusive, read_json, write_json
+from regrowth.mpi import Alone
 from regrowth.pretrain.checkpoint import CheckpointState, canonical_shapes, check_room, finish, has_moments, read_state, verify
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.operator import GrowthOperator
@@ -27,6 +29,7 @@ from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.tensor_files import TensorFile, TensorReader, TensorSpec, write_safetensors
 
 Read = Callable[[str], torch.Tensor]
+Jobs = dict[str, dict[str, TensorSpec]]  # files of a target, and the tensors in each
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _FILE_BYTES = 1 << 30
@@ -35,40 +38,50 @@ _MOST_WORKERS = 8  # unless told: each holds a target tensor and its sources
 
 
 def grow_checkpoint(
-    source: Path, target: Path, plan: GrowthPlan, workers: int = 0, progress: Progress = lambda done, total: None
+    source: Path,
+    target: Path,
+    plan: GrowthPlan,
+    workers: int = 0,
+    progress: Progress = lambda done, total: None,
+    ranks: Alone | None = None,
 ) -> CheckpointState:
     """Grow the checkpoint at `source` into a new one at `target`; returns the new state.
 
     Args:
         workers: processes; 0: as many as the size is worth, at most one a core.
+        ranks: that do it together, on file systems that they share; all of them call this.
 
     Raises:
         UserError: `source` is refused, `target` exists, an operator does not fit, or another process is growing to the same place.
         RunFailed: the disk is full, or a worker was killed; what is done stays, and the same growth goes on from it.
     """
-    if target.exists():
-        raise UserError(f"{target}: exists already; growing never overwrites. Remove it or choose another output.")
-    identity, state = verify(source)["id"], read_state(source)
-    shapes = plan.configs(state.model)
+    ranks = ranks or Alone()
     partial = target.with_name(f".{target.name}.growing")
-    partial.mkdir(parents=True, exist_ok=True)
-    with exclusive(partial / ".lock", f"{target}: another process is growing to this place. Wait for it, or choose another output."):
-        if target.exists():  # it was there a moment ago
-            raise UserError(f"{target}: exists already; another process has grown to this place.")
-        files = _grow_files(source, partial, plan, state.model, identity, workers, progress)
+    with ExitStack() as held:  # the first rank's lock
+        identity = ranks.first(lambda: _begin(source, target, partial, plan, held))
+        state = read_state(source)
+        shapes = plan.configs(state.model)
+        ranks.together(lambda: _grow_files(source, partial, plan, state.model, workers, progress, ranks))
         sizes = {key: [getattr(shapes[0], key), getattr(shapes[-1], key)] for key in ("layers", "width", "parameters")}
         lineage = state.lineage.grown(identity, {**plan.describe(), **sizes})
         trainer = {**state.trainer, "guard": {}}  # losses of the smaller model are no measure for the larger one
         grown = CheckpointState(shapes[-1], lineage, state.loader, trainer)
-        for note in (partial / "growing.json", partial / ".lock", *partial.glob("*/*.done")):
-            note.unlink(missing_ok=True)
-        finish(partial, target, grown, files)
+        ranks.first(lambda: _finish(partial, target, grown))
     return grown
 
 
-def _grow_files(
-    source: Path, partial: Path, plan: GrowthPlan, config: ModelConfig, identity: str, workers: int, progress: Progress
-) -> dict[str, TensorFile]:
+def _begin(source: Path, target: Path, partial: Path, plan: GrowthPlan, held: ExitStack) -> str:
+    """See that the growth can be done, and make the folder that it is done in, or find what was done before; returns the source's id."""
+    if target.exists():
+        raise UserError(f"{target}: exists already; growing never overwrites. Remove it or choose another output.")
+    identity = verify(source)["id"]
+    jobs = _jobs(plan.configs(read_state(source).model)[-1])
+    partial.mkdir(parents=True, exist_ok=True)
+    held.enter_context(
+        exclusive(partial / ".lock", f"{target}: another process is growing to this place. Wait for it, or choose another output.")
+    )
+    if target.exists():  # it was not there a moment ago
+        raise UserError(f"{target}: exists already; another process has grown to this place.")
     begun = {"source": identity, "plan": plan.describe()}
     note = partial / "growing.json"
     if note.exists() and read_json(note) != begun:  # of another growth
@@ -77,11 +90,30 @@ def _grow_files(
     write_json(note, begun)
     for kind in ("model", "optimizer"):
         (partial / kind).mkdir(exist_ok=True)
-    jobs = _jobs(plan.configs(config)[-1])
-    total = sum(spec.size for specs in jobs.values() for spec in specs.values())
-    missing = {name: specs for name, specs in jobs.items() if not (partial / f"{name}.done").exists()}
-    left = sum(spec.size for specs in missing.values() for spec in specs.values())
-    check_room(partial, left)
+    check_room(partial, _bytes(_missing(partial, jobs)))
+    return identity
+
+
+def _finish(partial: Path, target: Path, grown: CheckpointState) -> None:
+    files = {name: TensorFile(**read_json(partial / f"{name}.done")) for name in _jobs(grown.model)}
+    for note in (partial / "growing.json", partial / ".lock", *partial.glob("*/*.done")):
+        note.unlink(missing_ok=True)
+    finish(partial, target, grown, files)
+
+
+def _missing(partial: Path, jobs: Jobs) -> Jobs:
+    return {name: specs for name, specs in jobs.items() if not (partial / f"{name}.done").exists()}
+
+
+def _bytes(jobs: Jobs) -> int:
+    return sum(spec.size for specs in jobs.values() for spec in specs.values())
+
+
+def _grow_files(source: Path, partial: Path, plan: GrowthPlan, config: ModelConfig, workers: int, progress: Progress, ranks: Alone) -> None:
+    """Write this rank's share of the files that are missing; progress is of the share."""
+    jobs = dict(list(_jobs(plan.configs(config)[-1]).items())[ranks.rank :: ranks.size])
+    missing = _missing(partial, jobs)
+    total, left = _bytes(jobs), _bytes(missing)
     done = total - left
     tasks = [(source, partial, plan, config, name, specs) for name, specs in missing.items()]
     alone = left < _ALONE_BELOW if not workers else workers == 1
@@ -98,14 +130,13 @@ def _grow_files(
         except BrokenProcessPool as error:
             raise RunFailed(f"{partial}: a worker was killed, perhaps for want of memory. What is done stays: do the same again to go on, with fewer --workers "
                             "if it was memory.") from error  # fmt: skip
-    return {name: TensorFile(**read_json(partial / f"{name}.done")) for name in jobs}
 
 
-def _jobs(config: ModelConfig) -> dict[str, dict[str, TensorSpec]]:
+def _jobs(config: ModelConfig) -> Jobs:
     """The files of a target, by name: which tensors go into each."""
     weights = {name: TensorSpec(torch.float32, shape) for name, shape in canonical_shapes(config).items()}
     moments = {f"{name}.{m}": spec for name, spec in weights.items() if has_moments(name) for m in ("exp_avg", "exp_avg_sq")}
-    jobs: dict[str, dict[str, TensorSpec]] = {}
+    jobs: Jobs = {}
     for kind, specs in (("model", weights), ("optimizer", moments)):
         number, size = 0, 0
         for name, spec in specs.items():

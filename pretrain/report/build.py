@@ -14,6 +14,7 @@ from regrowth.pretrain.checkpoint import list_checkpoints
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.lineage import read_lineage
 from regrowth.pretrain.report.chart import Chart, Points, smooth, thin
+from regrowth.pretrain.report.lineage_graph import lineage_svg
 from regrowth.pretrain.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
@@ -41,6 +42,7 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
         funnel=_funnel(corpus) if corpus else [],
         events=[_event(event) for event in events if event["event"] != "checkpoint"],
         lineage=lineage.lines() if lineage else [],
+        lineage_graph=lineage_svg(lineage) if lineage else "",
         plan=_plan(prediction, metrics),
         plan_note=_plan_note(config.parallel),
         sample=read_json(run.path / "sample.json") if (run.path / "sample.json").exists() else None,
@@ -74,7 +76,9 @@ def _cards(metrics: Rows, evaluations: Rows, baseline: dict[str, Any], lineage: 
         cards.append({"value": f"{baseline['bits_per_byte']:.3f}", "label": "byte trigram on the same text"})
     if lineage:
         cards.append({"value": _big(lineage.tokens), "label": "training tokens"})
-        cards.append({"value": f"{lineage.train_flops:.2g}", "label": "training FLOPs"})
+        sunk = lineage.parents[-1].train_flops if lineage.parents else 0.0
+        label = f"training FLOPs, {sunk / lineage.train_flops:.0%} of them sunk in ancestors" if sunk else "training FLOPs"
+        cards.append({"value": f"{lineage.train_flops:.2g}", "label": label})
     seconds = sum(row["seconds"] for row in metrics)
     cards.append({"value": f"{seconds / 60:.1f} min", "label": "in training steps"})
     cards.append({"value": _big(sum(r["tokens"] for r in metrics) / seconds), "label": "tokens per second"})

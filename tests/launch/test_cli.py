@@ -1,19 +1,20 @@
 """The command line: quick to answer, one clear message for each fault, exit codes that schedulers can use."""
 
+import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from regrowth.pretrain.checkpoint import verify
 from regrowth.pretrain.run_folder import RunFolder
 from tests.launch.helpers import call, one_letter, only_run, regrowth, write_config
 
 
 def test_help_imports_nothing_heavy() -> None:
-    import subprocess
-
     code = "import sys; sys.argv = ['regrowth', '--help']\nfrom regrowth.launch.main import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'pyarrow', 'numpy', 'pydantic', 'datasets', 'transformers', 'tokenizers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -119,6 +120,18 @@ def test_the_whole_way_on_the_command_line(
     assert code == 0 and "interpose + hyperclone: changes the function" in output
     code, output = call(capsys, monkeypatch, "lineage", tmp_path / "chained")
     assert code == 0 and "grown by interpose + hyperclone (factor 2, factor 2, layers 4 to 8, width 32 to 64" in output, output
+    code, output = call(capsys, monkeypatch, "grow", run.path, "op=hyperclone", "--out", tmp_path / "wider")
+    assert code == 0 and "tokens of held-out text differ by at most" in output and "the function stays" in output, output
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if importlib.util.find_spec("mpi4py") and mpirun.exists():
+        command = [mpirun, "-n", "2", sys.executable, "-m", "regrowth", "grow", run.path, "op=hyperclone", "--out", tmp_path / "wide"]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and done.stdout.count("the function stays") == 1, done.stdout + done.stderr
+        assert verify(tmp_path / "wide")["id"] == verify(tmp_path / "wider")["id"], "two ranks of MPI wrote one file each"
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+        assert done.returncode != 0 and "growing never overwrites" in done.stderr and "Traceback" not in done.stderr
+    code, output = call(capsys, monkeypatch, "grow", "plan", run.path, "op=interpose", "--ranks", "2")
+    assert code == 0 and "Sunk into this checkpoint" in output and "In [[growth]]: parallel = {" in output, output
     code, output = call(capsys, monkeypatch, "grow", run.path, "factor=3", "--out", tmp_path / "grown")
     assert code == 0 and "12 layers" in output
     code, output = call(capsys, monkeypatch, "average", run.path, "--last", "9", "--out", tmp_path / "mean")
@@ -145,7 +158,7 @@ def test_the_whole_way_on_the_command_line(
     shutil.rmtree(second)
     code, output = call(capsys, monkeypatch, "report", run.path)
     html = (run.path / "report.html").read_text()
-    assert code == 0 and html.count("<svg") == 6
+    assert code == 0 and html.count("<svg") == 6 + 1
     for shown in ("stack: 2 → 4 layers", "byte trigram", "grown by stack", "seconds per step", "held-out bits per byte"):
         assert shown in html
     assert "http://" not in html and "https://" not in html, "self-contained"

@@ -12,13 +12,18 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, save_checkpoint, verify
+from regrowth.pretrain.evaluate import heldout
 from regrowth.pretrain.growth import grow as grow_module
 from regrowth.pretrain.growth.average import average_checkpoints, shares
 from regrowth.pretrain.growth.depth import Stack
 from regrowth.pretrain.growth.grow import grow_checkpoint
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
+from regrowth.pretrain.growth.probe import probe
+from regrowth.pretrain.lineage import Lineage, Parent, read_lineage
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.report.build import write_report
+from regrowth.pretrain.report.lineage_graph import lineage_svg
 from regrowth.pretrain.run_folder import RunFolder
 from tests.pretrain.helpers import Ranks, go, losses, new_run
 
@@ -183,6 +188,15 @@ def test_several_workers_and_a_growth_that_was_killed_come_to_the_same(
     assert verify(tmp_path / "three")["id"] == verify(tmp_path / "one")["id"], "what another growth left is not taken for this one's"
 
 
+def test_a_look_at_real_text_tells_a_function_that_stays_from_one_that_does_not(grown: RunFolder, corpus: Corpus, tmp_path: Path) -> None:
+    source, batch = grown.path / "checkpoints/step-000006", heldout(corpus, 64, 2)
+    for op, stays in (("hyperclone", True), ("stack", False)):
+        grow_checkpoint(source, tmp_path / op, plan_of({"op": op}, "here"))
+        found = probe(source, tmp_path / op, batch)
+        assert found.holds is stays and found.tokens == (batch.doc_ids >= 0).sum()
+        assert found.deviation < 1e-4 if stays else found.deviation > 0.1
+
+
 @pytest.mark.slow
 def test_workers_in_processes(grown: RunFolder, tmp_path: Path) -> None:
     source = grown.path / "checkpoints/step-000006"
@@ -227,3 +241,18 @@ def test_a_run_grows_under_any_plan_as_on_one_process(corpus: Corpus, tmp_path: 
 def test_a_plan_that_the_grown_model_does_not_fit_is_refused_before_the_start(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"after the growth at step 6: parallel.stage_layers sums to 2, model.layers is 4"):
         new_run(corpus, tmp_path, parallel={"pp": 2, "stage_layers": [1, 1], "micro_batch": 4}, **GROWING)
+
+
+def test_the_report_draws_the_lineage_with_what_was_sunk(grown: RunFolder, tmp_path: Path) -> None:
+    lineage = read_lineage(grown.path / "checkpoints/step-000012")
+    (parent,) = lineage.parents
+    assert 0 < parent.tokens < lineage.tokens and 0 < parent.train_flops < lineage.train_flops / 2
+    html = write_report(grown, None).read_text()
+    assert f"training FLOPs, {parent.train_flops / lineage.train_flops:.0%} of them sunk in ancestors" in html
+    assert f"{parent.id[:12]} · step 6" in html and "grown by stack" in html and "this checkpoint · step 12" in html
+    assert lineage_svg(Lineage()) == ""
+    mean = Lineage(
+        parents=[Parent(id=c * 64, relation="averaged from", step=i, train_flops=1e9) for i, c in enumerate("ab")], train_flops=2e9
+    )
+    drawn = lineage_svg(mean.grown("c" * 64, {"op": "stack"}))
+    assert drawn.count("<rect") == 2 * 4 and drawn.count("<line") == 3, "the averaged ones side by side, then the chain"
