@@ -24,6 +24,7 @@ from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.checkpoint import CheckpointState, load_tensors, read_state, verify
 from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.growth.ramp import ramp_of
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.loss import to_tensors
 
@@ -67,6 +68,11 @@ class Session:
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.loaded(int(state.trainer["optimizer_steps"]))
+        self.ramp = ramp_of(self.lineage, self.model_config, self.engine.weights(), self.step)
+        if self.ramp and config.parallel.engine != "native":
+            raise UserError(
+                f'growth: random_pad fades its values in during training, which parallel.engine = "{config.parallel.engine}" does not; use "native".'
+            )
 
     def close(self) -> None:
         """End the loader's thread; the session is done with."""

@@ -178,6 +178,8 @@ class Trainer:
         # An outlier of a loss makes no update, whatever its gradient.
         limit = self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
         norm = engine.step(lr, config.optimizer.clip, limit)
+        if session.ramp:
+            session.ramp.add(step, engine.weights())
         updated = norm < math.inf and norm <= limit
         routed = balance(engine.modules, session.model_config, self.plan.mesh, move=updated)
         decision = session.loader.observe(step, self._domain_losses(ids, sums))

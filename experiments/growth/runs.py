@@ -49,6 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "aki": {"base": HALF_WIDE, "growth": {"op": "aki", **WIDER}},
     "zero-depth": {"base": HALF_DEEP, "growth": {"op": "stack", "zero_copies": True}},
     "zero-width": {"base": HALF_WIDE, "growth": {"op": "zero_pad", "heads": 4, **WIDER}},
+    "random-width": {"base": HALF_WIDE, "growth": {"op": "random_pad", "heads": 4, "ramp_steps": 50, **WIDER}},
     "stack2-d0": {"base": HALF_DEEP, "growth": {"op": "stack"}, "share": 0.0},
     "stack2-fresh-moments": {"base": HALF_DEEP, "growth": {"op": "stack"}, "moments": "zero"},
 }

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from regrowth.errors import UserError
 from regrowth.pretrain.growth.bert2bert import Bert2Bert
@@ -10,13 +10,15 @@ from regrowth.pretrain.growth.clone import HyperClone
 from regrowth.pretrain.growth.depth import Interpose, Stack
 from regrowth.pretrain.growth.experts import DuplicateExperts, Upcycle
 from regrowth.pretrain.growth.operator import Moments
+from regrowth.pretrain.growth.random_pad import RandomPad
 from regrowth.pretrain.growth.vocabulary import GrowVocabulary
 from regrowth.pretrain.growth.zero_pad import ZeroPad
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.settings import Settings, validate
 
 Operator = Annotated[
-    Stack | Interpose | HyperClone | ZeroPad | Bert2Bert | DuplicateExperts | Upcycle | GrowVocabulary, Field(discriminator="op")
+    Stack | Interpose | HyperClone | ZeroPad | RandomPad | Bert2Bert | DuplicateExperts | Upcycle | GrowVocabulary,
+    Field(discriminator="op"),
 ]
 
 
@@ -26,6 +28,12 @@ class GrowthPlan(Settings):
     operators: Annotated[list[Operator], Field(min_length=1)] = [Stack()]
     moments: Moments = "carry"  # by each operator's rule; "zero": they begin at zero
     seed: int = 0  # of noise and fresh weights
+
+    @model_validator(mode="after")
+    def _ramps_come_last(self) -> "GrowthPlan":
+        if any(operator.op == "random_pad" for operator in self.operators[:-1]):
+            raise ValueError("random_pad changes weights while the run goes on: it can only be the last of a chain")
+        return self
 
     def describe(self) -> dict[str, Any]:
         """For the lineage: enough to do it again."""

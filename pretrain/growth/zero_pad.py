@@ -13,9 +13,10 @@ from regrowth.pretrain.growth.operator import GrowthOperator
 from regrowth.pretrain.model_config import ModelConfig
 
 Size = Annotated[int, Field(ge=1)] | None
+_SIZES = ("width", "heads", "kv_heads", "ffn_width", "expert_width", "shared_width")
 
 
-class ZeroPad(GrowthOperator):
+class Padding(GrowthOperator):
     """Residual width, heads, KV heads and hidden widths, each on its own.
 
     New entries of the residual stream are written as zeros and read with fresh weights; new heads and hidden units are written with fresh weights and read
@@ -24,7 +25,6 @@ class ZeroPad(GrowthOperator):
     proportion, with the new heads to read them; else they are copies, each read by a part of the group.
     """
 
-    op: Literal["zero_pad"] = "zero_pad"
     width: Size = None
     heads: Size = None
     kv_heads: Size = None
@@ -34,21 +34,19 @@ class ZeroPad(GrowthOperator):
 
     def grow_config(self, config: ModelConfig) -> ModelConfig:
         """The sizes that are named."""
-        sizes = self.model_dump(exclude={"op"}, exclude_none=True)
+        sizes = self.model_dump(include=set(_SIZES), exclude_none=True)
         before = {**config.model_dump(), **(config.moe.model_dump() if config.moe else {})}
         if unknown := [key for key in sizes if key not in before]:
-            raise ValueError(f"zero_pad: {unknown[0]} is a size of experts, and the model has none")
+            raise ValueError(f"{self.op}: {unknown[0]} is a size of experts, and the model has none")
         if smaller := [f"{key} = {size} (now {before[key]})" for key, size in sizes.items() if size < before[key]]:
-            raise ValueError(f"zero_pad: {', '.join(smaller)}: growing only adds")
+            raise ValueError(f"{self.op}: {', '.join(smaller)}: growing only adds")
         grown = resized(config, **sizes, norm_eps=config.norm_eps * config.width / (self.width or config.width))
         if grown == config:
-            raise ValueError(
-                "zero_pad: name a size that is larger than the model's: width, heads, kv_heads, ffn_width, expert_width, shared_width"
-            )
+            raise ValueError(f"{self.op}: name a size that is larger than the model's: {', '.join(_SIZES)}")
         if not _new_groups(config, grown) and (grown.kv_heads % config.kv_heads or config.heads % grown.kv_heads):
             allowed = [k for k in range(config.kv_heads, config.heads + 1, config.kv_heads) if config.heads % k == 0]
             raise ValueError(
-                f"zero_pad: kv_heads = {grown.kv_heads}: choose from {', '.join(map(str, allowed))}, so that every head keeps its keys, or let heads and "
+                f"{self.op}: kv_heads = {grown.kv_heads}: choose from {', '.join(map(str, allowed))}, so that every head keeps its keys, or let heads and "
                 "kv_heads grow by one factor"
             )
         return grown
@@ -60,7 +58,7 @@ class ZeroPad(GrowthOperator):
     def terms(self, target: TensorName, config: ModelConfig, grown: ModelConfig) -> list[Term]:
         """The source in its place, and fresh values where they are read from or written to nothing."""
         kinds = dims(target)
-        places = {d: self._places(kind, config, grown) for d, kind in enumerate(kinds)}
+        places = {d: self.places(kind, config, grown) for d, kind in enumerate(kinds)}
         sizes = tuple(size_of(kind, grown) for kind in kinds)
         if kinds == ("width",):
             down = math.sqrt(config.width / grown.width)
@@ -84,7 +82,7 @@ class ZeroPad(GrowthOperator):
             parts.append(fresh({written: is_new[written]}))
         return parts
 
-    def _places(self, kind: str, config: ModelConfig, grown: ModelConfig) -> list[int]:
+    def places(self, kind: str, config: ModelConfig, grown: ModelConfig) -> list[int]:
         """The source entry of each target entry of a dim, -1 where there is none."""
         if kind in ("queries", "keys") and _new_groups(config, grown):
             before, after = (config.heads, grown.heads) if kind == "queries" else (config.kv_heads, grown.kv_heads)
@@ -98,6 +96,12 @@ class ZeroPad(GrowthOperator):
             size = size_of(kind, config)
             return [i if i < size else -1 for i in range(size_of(kind, grown))]
         return [-1 if head < 0 else head * config.head_dim + i for head in heads for i in range(config.head_dim)]
+
+
+class ZeroPad(Padding):
+    """What is new stays at zero until it is trained."""
+
+    op: Literal["zero_pad"] = "zero_pad"
 
 
 def _new_groups(config: ModelConfig, grown: ModelConfig) -> bool:

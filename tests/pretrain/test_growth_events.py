@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.parallel.ranks import RankError
-from regrowth.pretrain.checkpoint import list_checkpoints, verify
+from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
 from regrowth.pretrain.growth.event import GrowthEvent, Plateau, plan_in_force, waiting
 from regrowth.pretrain.lineage import Lineage, Parent
 from regrowth.pretrain.run_folder import RunFolder
@@ -115,3 +116,37 @@ def test_a_growth_onto_more_ranks_stops_for_its_launcher_and_goes_on(corpus: Cor
     assert_allclose(losses(run), losses(one), rtol=1e-5)
     notes = [(row["step"], row["note"]) for row in run.rows("evaluations") if row["step"] == 4]
     assert notes == [(4, ""), (4, "after growth")], "the grown model is measured by those that go on"
+
+
+def test_random_values_are_faded_in_alike_under_every_plan_and_through_a_kill(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    operators = [{"op": "random_pad", "width": 48, "heads": 4, "kv_heads": 4, "ffn_width": 96, "ramp_steps": 4}]
+    settings = {"growth": [{"at_step": 2, "operators": operators}], "run": {"steps": 8}, "checkpoint": {"every": 2, "keep": 20}}
+    still = {**settings, "optimizer": {"lr": 1e-12}, "safety": {"skip_sigma": None}}
+    one = go(new_run(corpus, tmp_path / "one", **still), corpus, ranks)
+    stages = [
+        load_plain(one.path / f"checkpoints/{name}")[1] for name in ("step-000002-grown", "step-000004", "step-000006", "step-000008")
+    ]
+    begin, half, end, later = (weights["layers.1.attn.wo.weight"] for weights in stages)
+    new = begin == 0
+    assert new.any() and torch.equal(half[~new], end[~new]) and torch.equal(end, later)
+    torch.testing.assert_close(half[new] * 2, end[new], rtol=1e-5, atol=1e-9)
+    assert end[new].std().item() == pytest.approx(one.config().model.init_std / 2, rel=0.1), "two layers: 1 / sqrt(2 x 2)"
+    assert losses(one)[2] == pytest.approx(losses(new_run_without(one, corpus, tmp_path, ranks))[2], rel=1e-5), "at first nothing changes"
+    split = go(new_run(corpus, tmp_path / "split", parallel={"tp": 2, "micro_batch": 4}, **settings), corpus, ranks)
+    whole = go(new_run(corpus, tmp_path / "whole", **settings), corpus, ranks)
+    assert_allclose(losses(split), losses(whole), rtol=1e-5)
+    again = RunFolder(Path(shutil.copytree(whole.path, tmp_path / "again")))
+    for path in list_checkpoints(again.path):
+        if path.name > "step-000004":
+            shutil.rmtree(path)
+    kept = [event for event in again.rows("events") if event["event"] != "finished"]
+    (again.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    go(again, corpus, ranks)
+    assert losses(again) == losses(whole)
+
+
+def new_run_without(run: RunFolder, corpus: Corpus, tmp_path: Path, ranks: Ranks) -> RunFolder:
+    """The same run without its growth."""
+    config = run.config()
+    sections = {"run": {"steps": 3}, "optimizer": {"lr": config.optimizer.lr}, "safety": {"skip_sigma": None}}
+    return go(new_run(corpus, tmp_path / "plain", **sections), corpus, ranks)

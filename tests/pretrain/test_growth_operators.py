@@ -14,10 +14,13 @@ from regrowth.pretrain.attention import Sdpa
 from regrowth.pretrain.checkpoint import canonical_shapes, has_moments
 from regrowth.pretrain.growth.advice import growth_tokens
 from regrowth.pretrain.growth.grow import grown_reader
+from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
+from regrowth.pretrain.growth.random_pad import RandomPad
 from regrowth.pretrain.initialise import initialise
 from regrowth.pretrain.model import Transformer
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
+from regrowth.settings import validate
 
 SMALL = ModelConfig(vocabulary=61, width=24, layers=3, heads=4, kv_heads=2, head_dim=6, ffn_width=40, init_std=0.3, tied=False)
 MOE = MoEConfig(experts=4, top_k=2, expert_width=20, shared_width=8, balance_loss=0.0)
@@ -257,3 +260,19 @@ def test_settings_that_are_not_an_operator_s_own_are_told() -> None:
     ):
         with pytest.raises(UserError, match=told):
             plan_of(settings_, "here")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_what_a_ramp_fades_in_is_what_the_growth_left_at_zero(experts: bool) -> None:
+    config = SMALL.model_copy(update={"moe": MOE.model_copy(update={"pattern": ["dense", "moe"]}) if experts else None})
+    sizes = {"width": 40, "heads": 8, "ffn_width": 64, **({"expert_width": 28} if experts else {})}
+    plan = plan_of({"op": "random_pad", "ramp_steps": 3, **sizes}, "here")
+    (operator,) = plan.operators
+    assert isinstance(operator, RandomPad) and plan.preserves_function(config)
+    large, new, _ = grown(plan, config, state_of(config))
+    for name, weight in new.items():
+        ramped = operator.ramped(TensorName.parse(name), config, large)
+        if ramped is not None:
+            assert torch.equal(torch.from_numpy(ramped), weight == 0), name
+    with pytest.raises(UserError, match="random_pad changes weights while the run goes on"):
+        validate(GrowthPlan, {"operators": [{"op": "random_pad", "width": 40}, {"op": "stack"}]}, "here")

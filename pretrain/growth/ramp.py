@@ -1,0 +1,61 @@
+"""The values that a `random_pad` fades in, step by step; every rank those of the parts that it holds."""
+
+import torch
+
+from regrowth.kernels.random import normal, random_key
+from regrowth.parallel.dtensor import local_global_index, local_tensor
+from regrowth.pretrain.growth.names import TensorName
+from regrowth.pretrain.growth.plan import GrowthPlan
+from regrowth.pretrain.growth.random_pad import RandomPad
+from regrowth.pretrain.initialise import weight_std
+from regrowth.pretrain.lineage import Lineage
+from regrowth.pretrain.model_config import ModelConfig
+from regrowth.settings import validate
+
+
+class Ramp:
+    """Adds the same part of the values after each of its steps.
+
+    Args:
+        first: the first step.
+        parts: by canonical name what is added each time, of the shape that this rank holds.
+    """
+
+    def __init__(self, first: int, steps: int, parts: dict[str, torch.Tensor]) -> None:
+        self.first, self.steps, self.parts = first, steps, parts
+
+    @torch.no_grad()
+    def add(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """After the update of a step; outside of the ramp nothing."""
+        if self.first <= step < self.first + self.steps:
+            for name, part in self.parts.items():
+                local_tensor(weights[name]).add_(part)
+
+
+def ramp_of(lineage: Lineage, model: ModelConfig, weights: dict[str, torch.Tensor], step: int) -> Ramp | None:
+    """The ramp that a run is on at a step, by its newest growth; None if there is none, or it is over.
+
+    A growth counts from its step; one that was done offline from the first step of the run that starts with it.
+    """
+    if not lineage.parents:
+        return None
+    *before, last = lineage.parents
+    first = last.step
+    if last.relation == "continued from" and before and before[-1].step == last.step:
+        last, first = before[-1], 0
+    if last.relation != "grown from" or "source" not in last.operator:
+        return None
+    plan = validate(GrowthPlan, {key: last.operator[key] for key in ("operators", "moments", "seed")}, "lineage")
+    operator = plan.operators[-1]
+    assert isinstance(operator, RandomPad)
+    if step >= first + operator.ramp_steps:
+        return None
+    small = plan.configs(validate(ModelConfig, last.operator["source"], "lineage"))[-2]
+    parts = {}
+    for name, weight in weights.items():
+        ramped, std = operator.ramped(TensorName.parse(name), small, model), weight_std(name, model)
+        if ramped is not None and std is not None and ramped.any():
+            index, local = local_global_index(weight), local_tensor(weight)
+            values = normal(random_key(plan.seed, "growth-ramp", name=name), index) * (std / operator.ramp_steps)
+            parts[name] = (values * torch.from_numpy(ramped).flatten()[index]).to(local.device, local.dtype)
+    return Ramp(first, operator.ramp_steps, parts)
