@@ -37,11 +37,11 @@ def state_of(config: ModelConfig, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
-def model_of(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Transformer:
-    """A model in float64."""
+def model_of(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> Transformer:
+    """A model, in float64 unless told."""
     model = Transformer(config, Sdpa())
     model.load_state_dict(weights)
-    return model.double()
+    return model.to(dtype)
 
 
 def batch(config: ModelConfig) -> tuple[torch.Tensor, ...]:
@@ -51,11 +51,11 @@ def batch(config: ModelConfig) -> tuple[torch.Tensor, ...]:
     return tokens, torch.arange(12).expand(2, 12), torch.zeros(2, 12, dtype=torch.int64), labels
 
 
-def logits(config: ModelConfig, weights: dict[str, torch.Tensor], like: ModelConfig) -> torch.Tensor:
+def logits(config: ModelConfig, weights: dict[str, torch.Tensor], like: ModelConfig, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """[2, 12, V] for the source's tokens."""
     tokens, positions, documents, _ = batch(like)
     with torch.no_grad():
-        return model_of(config, weights)(tokens, positions, documents)
+        return model_of(config, weights, dtype)(tokens, positions, documents)
 
 
 def gradients(config: ModelConfig, weights: dict[str, torch.Tensor], like: ModelConfig) -> dict[str, torch.Tensor]:
@@ -120,6 +120,43 @@ def test_functions_of_experts_stay(settings_: dict, gate: str, normalize: bool) 
     weights = state_of(config)
     large, new, _ = grown(plan_of(settings_, "here"), config, weights)
     torch.testing.assert_close(logits(large, new, config), logits(config, weights, config), rtol=1e-5, atol=1e-5)
+
+
+@st.composite
+def grown_configs(draw: st.DrawFn) -> tuple[ModelConfig, dict[str, Any]]:
+    """A model's config, and an operator that keeps its function."""
+    kv_heads, group, width, ffn = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(8, 24)), draw(st.integers(8, 32))
+    values = {
+        **{"vocabulary": 61, "width": width, "layers": draw(st.integers(1, 3)), "heads": kv_heads * group, "kv_heads": kv_heads},
+        **{"head_dim": 2 * draw(st.integers(1, 4)), "ffn_width": ffn, "init_std": 0.3, "norm_eps": 1e-9},
+        **{"tied": draw(st.booleans()), "qk_norm": draw(st.booleans())},
+    }
+    if mixture := draw(st.booleans()):
+        gate = {"gate": draw(st.sampled_from(["softmax", "sigmoid"])), "normalize": draw(st.booleans())}
+        values["moe"] = {**MOE.model_dump(), **gate, "pattern": draw(st.sampled_from([["moe"], ["dense", "moe"]]))}
+    more = draw(st.integers(1, 12))
+    operators = [
+        {"op": "hyperclone", "factor": draw(st.integers(2, 3)), "noise": draw(st.sampled_from([0.0, 0.3]))},
+        {"op": "zero_pad", "width": width + more},
+        {"op": "zero_pad", "width": width + more, "heads": 2 * kv_heads * group, "kv_heads": 2 * kv_heads, "ffn_width": ffn + more},
+        {"op": "zero_pad", "heads": 3 * kv_heads * group},
+        {"op": "stack", "layers": values["layers"] + more, "zero_copies": True},
+        {"op": "interpose", "zero_copies": True},
+        {"op": "duplicate_experts", "noise": 0.0} if mixture else {"op": "upcycle", "experts": 3},
+    ]
+    return ModelConfig.model_validate(values), draw(st.sampled_from(operators))
+
+
+@settings(max_examples=40, deadline=None)
+@given(grown_configs(), st.booleans())
+def test_functions_stay_whatever_the_config(drawn: tuple[ModelConfig, dict[str, Any]], double: bool) -> None:
+    config, operator = drawn
+    dtype, tolerance = (torch.float64, 2e-5) if double else (torch.float32, 1e-3)  # weights are stored in float32
+    weights, plan = state_of(config), plan_of(operator, "here")
+    large, new, _ = grown(plan, config, weights)
+    assert plan.preserves_function(config)
+    before, after = logits(config, weights, config, dtype), logits(large, new, config, dtype)
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * before.abs().max().item())
 
 
 @settings(max_examples=12, deadline=None)
