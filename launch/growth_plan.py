@@ -49,7 +49,9 @@ def _subject(name: str) -> tuple[RunConfig, ModelConfig, Lineage | None]:
     if path.is_dir():
         checkpoint = find_checkpoint(path)
         state = read_state(checkpoint)
-        return run_of(checkpoint).config(), state.model, state.lineage
+        run = run_of(checkpoint)
+        config = run.config()
+        return config.model_copy(update={"parallel": run.plan(config)}), state.model, state.lineage
     config = load_config(name, [])
     return config, config.model, None
 

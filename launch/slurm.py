@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def launch(config: str, overrides: list[str], nodes: int, partition: str | None,
         return
     folder.mkdir(parents=True, exist_ok=True)
     console.print(submit(script))
+    if if_replanned:  # a job that fails before it logs anything must not be submitted again for ever
+        RunFolder(Path(config)).log("events", {"event": "job submitted", "time": time.time()})
 
 
 def render(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,

@@ -1,6 +1,7 @@
 """Start, resume and report runs."""
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,17 +71,18 @@ def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" 
         return run
     console.print(f"[bold]run[/bold] {run.path}", soft_wrap=True)
     _note_spare_vocabulary(config, place, console)
-    watch = Watch(run.path, config.run.steps, console)
-    try:
-        while True:
-            try:
-                run_local(run.path, place, run.plan().world_size, watch)
-                return run
-            except Stopped:
-                if not run.replanned:  # then other ranks go on
-                    raise
-    finally:
-        watch.close()
+    while True:
+        watch, ranks = Watch(run.path, config.run.steps, console), run.plan().world_size
+        if run.replanned:
+            run.log("events", {"event": "ranks started", "time": time.time(), "ranks": ranks})
+        try:
+            run_local(run.path, place, ranks, watch)
+            return run
+        except Stopped:
+            if not run.replanned:  # then other ranks go on
+                raise
+        finally:
+            watch.close()
 
 
 def own_corpus(config: "RunConfig", console: Console) -> str:
@@ -171,8 +173,6 @@ def tokenizer_of(run: "RunFolder") -> "Tokenizer":
 
 def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     """Write changed settings into the run, with the change logged."""
-    import time
-
     from regrowth.files import write_text
     from regrowth.settings import to_toml
 
@@ -223,5 +223,5 @@ def make_report(run: "RunFolder") -> Path:
     checkpoints = list_checkpoints(run.path)
     model = read_state(checkpoints[-1]).model if checkpoints else config.model
     cluster = load_cluster(clusters()["laptop" if config.run.dtype == "float32" else "h100_node"])
-    prediction = predict(model, config.parallel, cluster, config.loader.global_batch, config.loader.sequence_length)
+    prediction = predict(model, run.plan(config), cluster, config.loader.global_batch, config.loader.sequence_length)
     return write_report(run, corpus, prediction)

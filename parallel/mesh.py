@@ -84,7 +84,6 @@ class Mesh:
         self.place: dict[str, int] = {axis: int(i) for axis, i in zip(AXES, np.argwhere(grid == self.rank)[0], strict=True)}
         pp, replicate, tp = plan.pp, plan.dp_replicate, plan.tp
         experts = grid.reshape(pp, replicate, plan.shards_weights // plan.ep, plan.ep, tp)
-        self._made: list[dist.ProcessGroup] = []
         self._groups: dict[str, dist.ProcessGroup | None] = {}
         self._sizes: dict[str, int] = {}
         for name, axes in self.GROUPS.items():
@@ -100,6 +99,8 @@ class Mesh:
             ends = self.place["pp"] in (0, pp - 1)
             group = self._new_group(mine[[0, -1]] if ends else np.array([self.rank]))
             self.tied_group = group if ends else None
+        # For axes of one rank. Made at once, on all ranks: groups are named by how many a rank has made, in this mesh and in those before it.
+        self._groups["alone"] = self._new_group(np.array([self.rank])) if plan.world_size > 1 else None
         self.expert_place = {name: int(i) for name, i in zip(("efsdp", "ep"), np.argwhere(experts == self.rank)[0][2:4], strict=True)}
         self._experts = experts
 
@@ -115,14 +116,7 @@ class Mesh:
         self._groups[name] = self._new_group(rows[np.argwhere(rows == self.rank)[0][0]])
 
     def _new_group(self, ranks: np.ndarray) -> dist.ProcessGroup:
-        self._made.append(_new_group(ranks, self.timeout_seconds))
-        return self._made[-1]
-
-    def close(self) -> None:
-        """Leave the groups that were made here; nothing that was built on the mesh may be used any more."""
-        for group in self._made:
-            dist.destroy_process_group(group)
-        self._made.clear()
+        return _new_group(ranks, self.timeout_seconds)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of this rank along an axis or a named set of axes; None where it would hold this rank alone."""
@@ -167,8 +161,6 @@ class Mesh:
         return self._device_mesh(torch.from_numpy(ranks.squeeze().copy()), names, groups), names
 
     def _device_mesh(self, ranks: torch.Tensor, names: tuple[str, ...], groups: tuple[str, ...]) -> DeviceMesh:
-        if "alone" not in self._groups:
-            self._groups["alone"] = self._new_group(np.array([self.rank]))
         handles = [self._groups[name] or self._groups["alone"] for name in groups]
         assert all(handle is not None for handle in handles)
         # One group stands for a mesh of one dim, and then `mesh` is derived from it.

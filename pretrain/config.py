@@ -162,6 +162,10 @@ class RunConfig(Settings):
                 for length in {loader.sequence_length, *(stage.sequence_length for stage in loader.length_schedule)}:
                     plan.check_model(model, length, loader.global_batch)
                 self._blocks_divide(model, plan)
+                if plan.pp > 1 and loader.length_schedule:
+                    raise ValueError("loader.length_schedule: the stages of a pipeline exchange messages of one shape; set pp = 1")
+                if plan.engine != "native" and event.operators[-1].op == "random_pad":
+                    raise ValueError(f'random_pad fades its values in during training, which parallel.engine = "{plan.engine}" does not')
             except (ValueError, UserError) as error:
                 raise ValueError(f"after the growth at {event.at}: {error}") from error
 

@@ -7,6 +7,7 @@ import torch
 
 from regrowth.errors import Stopped, UserError
 from regrowth.parallel.mesh import Mesh
+from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.checkpoint import read_state
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.event import plan_in_force
@@ -27,6 +28,10 @@ class PlanKeeper:
         assert self._mesh is not None
         return self._mesh
 
+    def plan_at(self, checkpoint: Path | None) -> ParallelPlan:
+        """The plan in force at a checkpoint; None: at the start."""
+        return plan_in_force(self.first, self.config.growth, read_state(checkpoint).lineage if checkpoint else Lineage())
+
     def follow(self, checkpoint: Path | None) -> None:
         """Take the plan on which a run goes on from a checkpoint.
 
@@ -35,12 +40,12 @@ class PlanKeeper:
             UserError: the config asks for another number of ranks.
         """
         lineage = read_state(checkpoint).lineage if checkpoint else Lineage()
-        plan = plan_in_force(self.first, self.config.growth, lineage)
+        plan = self.plan_at(checkpoint)
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         try:
             plan.check_world(ranks)
         except ValueError as error:
-            if plan == self.first:
+            if not any(event.parallel for event in self.config.growth):
                 raise UserError(f"{self.run.path}/config.toml: {error}.") from error
             if self.rank == 0:
                 self.run.log("events", {"event": "replanned", "time": time.time(), "step": lineage.step, "ranks": plan.world_size})
@@ -49,7 +54,6 @@ class PlanKeeper:
                 f"Go on with: regrowth train --resume {self.run.path}"
             ) from error
         if self._mesh is None or self._mesh.plan != plan:
-            if self._mesh is not None:
-                self._mesh.close()
+            # The groups of the mesh before stay: torch would give their names again, and ranks would meet at the addresses of old ones.
             self._mesh = Mesh(plan, self.device, self.config.run.timeout_seconds)
             self.config = self.config.model_copy(update={"parallel": plan})

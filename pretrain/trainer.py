@@ -287,6 +287,8 @@ class Trainer:
         self._settle()
         with patience(self.config.run.timeout_seconds):
             checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
+        if checkpoint and self.plan.plan_at(checkpoint).world_size != self.config.parallel.world_size:
+            checkpoint = None  # from before a growth onto other ranks, which are not here
         on_first_rank(lambda: set_aside(self.run.path, newer_than=checkpoint) if checkpoint else None)
         if checkpoint is None:
             self.guard.rewinds = self.config.safety.rewind_limit
@@ -312,8 +314,11 @@ class Trainer:
         return back
 
     def _growth_due(self, step: int) -> GrowthEvent | None:
-        lineage = self.session.lineage
+        session = self.session
+        lineage = session.lineage
         left = waiting(self.config.growth, lineage)
+        if session.ramp and session.ramp.runs(step):  # what is due waits until it is over
+            return None
         due = left and step not in lineage.growth_steps and left[0].due(step, lineage.tokens, self.guard.losses)
         return left[0] if due else None
 
@@ -340,7 +345,8 @@ class Trainer:
     def _begin_session(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of another model, or of another time."""
         self.session.close()
-        del self.session  # free the one model before the other is built
+        del self.session  # free the one model before the other is built; engines refer to themselves
+        gc.collect()
         self.plan.follow(checkpoint)
         self.session = Session(self.config, self.corpus, self.plan.mesh, checkpoint)
 
@@ -350,7 +356,8 @@ class Trainer:
             self.heart.beat(step, "checkpoint")
             session, engine = self.session, self.session.engine
             state = session.state(step, self.guard.state_dict())
-            before = self.saver.start(checkpoint_path(self.run.path, step), step, engine.weights(), engine.moments(), state)
+            path = checkpoint_path(self.run.path, step, grown=step in session.lineage.growth_steps)
+            before = self.saver.start(path, step, engine.weights(), engine.moments(), state)
             self.saved_at = step
             if before is not None:
                 self._note_saved(before)

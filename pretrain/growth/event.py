@@ -89,6 +89,6 @@ def plan_in_force(plan: ParallelPlan, events: list[GrowthEvent], lineage: Lineag
     """The plan that a run is on, which its growths may have changed."""
     left = waiting(events, lineage)
     for event in events:
-        if event not in left:
+        if not any(event is other for other in left):
             plan = event.plan_after(plan)
     return plan

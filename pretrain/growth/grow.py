@@ -21,7 +21,7 @@ import torch
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import disk_full_is_a_letter, exclusive, read_json, write_json
 from regrowth.mpi import Alone
-from regrowth.pretrain.checkpoint import CheckpointState, canonical_shapes, check_room, finish, has_moments, read_state, verify
+from regrowth.pretrain.checkpoint import FORMAT, CheckpointState, canonical_shapes, check_room, finish, has_moments, read_state, verify
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.operator import GrowthOperator
 from regrowth.pretrain.growth.plan import GrowthPlan
@@ -83,7 +83,7 @@ def _begin(source: Path, target: Path, partial: Path, plan: GrowthPlan, held: Ex
     )
     if target.exists():  # it was not there a moment ago
         raise UserError(f"{target}: exists already; another process has grown to this place.")
-    begun = {"source": identity, "plan": plan.describe()}
+    begun = {"source": identity, "plan": plan.describe(), "format": FORMAT}
     note = partial / "growing.json"
     if note.exists() and read_json(note) != begun:  # of another growth
         for kind in ("model", "optimizer"):

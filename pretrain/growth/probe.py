@@ -1,5 +1,6 @@
 """Whether a grown checkpoint computes on real text what its source did."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def probe(source: Path, grown: Path, batch: Batch) -> Probe:
         tensors = to_tensors(batch.slice(row, row + 1), torch.device("cpu"))
         before, after = (_logits(path, tensors) for path in (source, grown))
         largest = max(largest, before.abs().max().item())
-        deviation = max(deviation, (after - before).abs().max().item())
+        difference = (after - before).abs().max().item()
+        deviation = max(deviation, difference if math.isfinite(difference) else math.inf)
     return Probe(int((batch.doc_ids >= 0).sum()), largest, deviation)
 
 

@@ -2,13 +2,14 @@
 
 import torch
 
+from regrowth.errors import UserError
 from regrowth.kernels.random import normal, random_key
 from regrowth.parallel.dtensor import local_global_index, local_tensor
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.plan import GrowthPlan
 from regrowth.pretrain.growth.random_pad import RandomPad
 from regrowth.pretrain.initialise import weight_std
-from regrowth.pretrain.lineage import Lineage
+from regrowth.pretrain.lineage import Lineage, Parent
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.settings import validate
 
@@ -24,25 +25,41 @@ class Ramp:
     def __init__(self, first: int, steps: int, parts: dict[str, torch.Tensor]) -> None:
         self.first, self.steps, self.parts = first, steps, parts
 
+    def runs(self, step: int) -> bool:
+        """Whether something is added after a step."""
+        return self.first <= step < self.first + self.steps
+
     @torch.no_grad()
     def add(self, step: int, weights: dict[str, torch.Tensor]) -> None:
         """After the update of a step; outside of the ramp nothing."""
-        if self.first <= step < self.first + self.steps:
+        if self.runs(step):
             for name, part in self.parts.items():
                 local_tensor(weights[name]).add_(part)
+
+
+def _ramp_steps(parent: Parent) -> int:
+    operators = parent.operator.get("operators", [])
+    return int(operators[-1].get("ramp_steps", 0)) if operators else 0
 
 
 def ramp_of(lineage: Lineage, model: ModelConfig, weights: dict[str, torch.Tensor], step: int) -> Ramp | None:
     """The ramp that a run is on at a step, by its newest growth; None if there is none, or it is over.
 
     A growth counts from its step; one that was done offline from the first step of the run that starts with it.
+
+    Raises:
+        UserError: the run starts from a checkpoint amid another run's ramp.
     """
     if not lineage.parents:
         return None
     *before, last = lineage.parents
     first = last.step
-    if last.relation == "continued from" and before and before[-1].step == last.step:
-        last, first = before[-1], 0
+    if last.relation == "continued from" and before:
+        if before[-1].step == last.step:
+            last, first = before[-1], 0
+        elif last.step < before[-1].step + _ramp_steps(before[-1]):
+            raise UserError(f"run.start_from: saved at step {last.step} amid the ramp of random_pad, which began at step {before[-1].step}; start from a "
+                            "checkpoint before or after it.")  # fmt: skip
     if last.relation != "grown from" or "source" not in last.operator:
         return None
     plan = validate(GrowthPlan, {key: last.operator[key] for key in ("operators", "moments", "seed")}, "lineage")

@@ -44,7 +44,7 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
         lineage=lineage.lines() if lineage else [],
         lineage_graph=lineage_svg(lineage) if lineage else "",
         plan=_plan(prediction, metrics),
-        plan_note=_plan_note(config.parallel),
+        plan_note=_plan_note(run.plan(config)),
         sample=read_json(run.path / "sample.json") if (run.path / "sample.json").exists() else None,
         environment=_environment(read_json(run.path / "environment.json")),
         config=(run.path / "config.toml").read_text(encoding="utf-8"),
@@ -62,7 +62,7 @@ def template(name: str) -> Any:
 
 def _subtitle(config: RunConfig, metrics: Rows, run: RunFolder) -> str:
     state = "finished" if run.finished else f"at step {metrics[-1]['step'] + 1}"
-    plan = config.parallel
+    plan = run.plan(config)
     return f"{config.run.steps} steps, {state} · {plan.world_size} ranks (dp_replicate {plan.dp_replicate} x dp_shard {plan.dp_shard}) · mixing {config.mixing.policy} · precision {config.precision.recipe}"
 
 

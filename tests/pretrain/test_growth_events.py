@@ -45,6 +45,8 @@ def test_events_wait_for_each_other_and_are_known_by_their_moment() -> None:
     assert waiting(events, lineage) == events and plan_in_force(ParallelPlan(), events, lineage).world_size == 1
     lineage = lineage.grown("a" * 64, events[0].describe())
     assert waiting(events, lineage) == events[1:] and plan_in_force(ParallelPlan(), events, lineage).tp == 2
+    twice = [events[0], events[0].model_copy()]
+    assert plan_in_force(ParallelPlan(), twice, lineage).tp == 2, "also where the same stands twice"
     lineage = lineage.grown("b" * 64, events[1].describe()).grown("c" * 64, events[2].describe())
     assert not waiting(events, lineage) and plan_in_force(ParallelPlan(), events, lineage).pp == 2
     older = Lineage(parents=[Parent(id="a" * 64, relation="grown from", step=7, operator={"op": "stack"})])
@@ -97,10 +99,12 @@ def test_growth_by_tokens_and_by_a_plateau_goes_on_bit_for_bit_after_a_kill(corp
 def test_a_growth_changes_the_plan_in_the_same_processes(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
     plain = [{"at_step": 4, "operators": STACK}]
     one = go(new_run(corpus, tmp_path / "one", growth=plain, **SHORT), corpus, ranks)
-    changed = [{"at_step": 4, "operators": STACK, "parallel": {"dp_shard": 1, "tp": 2}}]
-    other = go(new_run(corpus, tmp_path / "two", growth=changed, parallel={"dp_shard": 2, "micro_batch": 2}, **SHORT), corpus, ranks)
+    changed = [{"at_step": 4, "operators": STACK, "parallel": {"dp_shard": 1, "pp": 2}}]  # four ranks: each mesh makes groups of two
+    other = go(
+        new_run(corpus, tmp_path / "two", growth=changed, parallel={"dp_shard": 2, "tp": 2, "micro_batch": 2}, **SHORT), corpus, ranks
+    )
     assert_allclose(losses(other), losses(one), rtol=1e-5)
-    assert other.plan().tp == 2 and not [event for event in other.rows("events") if event["event"] == "replanned"]
+    assert other.plan().pp == 2 and not [event for event in other.rows("events") if event["event"] == "replanned"]
 
 
 def test_a_growth_onto_more_ranks_stops_for_its_launcher_and_goes_on(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
