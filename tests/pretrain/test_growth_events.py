@@ -122,6 +122,7 @@ def test_a_growth_onto_more_ranks_stops_for_its_launcher_and_goes_on(corpus: Cor
     assert notes == [(4, ""), (4, "after growth")], "the grown model is measured by those that go on"
 
 
+@pytest.mark.slow
 def test_random_values_are_faded_in_alike_under_every_plan_and_through_a_kill(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
     operators = [{"op": "random_pad", "width": 48, "heads": 4, "kv_heads": 4, "ffn_width": 96, "ramp_steps": 4}]
     settings = {"growth": [{"at_step": 2, "operators": operators}], "run": {"steps": 8}, "checkpoint": {"every": 2, "keep": 20}}
