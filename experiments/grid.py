@@ -3,6 +3,7 @@
 An experiment gives the config of each run. A program that uses it is called for a single run with `--run NAME SEED`.
 """
 
+import argparse
 import itertools
 import math
 import os
@@ -101,6 +102,34 @@ class Grid:
     def _hash(self, name: str, seed: int) -> str:
         """Of a run's config, wherever it lies."""
         return fingerprint(self.config(Path("anywhere"), name, seed).model_dump(mode="json", exclude={"data": {"sources"}}))
+
+
+def parser(description: str | None, name: str, seeds: int) -> argparse.ArgumentParser:
+    """The options that every such program has."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path(name), help="the runs' folders")
+    options.add_argument("--results", type=Path, default=Path(__file__).parents[1] / f"docs/results/{name}.json")
+    options.add_argument("--seeds", type=int, default=seeds)
+    options.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time")
+    options.add_argument("--table", action="store_true", help="train nothing")
+    options.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help="train only this one")
+    return options
+
+
+def carry_out(
+    options: argparse.Namespace, program: str, config: Callable[[Path, str, int], RunConfig], wanted: Wanted, shown: Wanted = ()
+) -> dict[str, Curve] | None:
+    """Do what the options ask for; the finished curves of what is wanted, and of what is only shown. None: there is nothing to show."""
+    if not DATA.exists():
+        print(f"skipped: needs the shared data in {DATA}")
+        return None
+    grid = Grid(Path(program), options.out, options.results, config)
+    if options.run:
+        grid.train(options.run[0], int(options.run[1]))
+        return None
+    if not options.table:
+        grid.train_all(wanted, options.at_once)
+    return grid.gather([*wanted, *shown])
 
 
 def macro(losses: dict[str, float]) -> float:

@@ -32,12 +32,12 @@ def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, w
     if plan and settings:
         raise UserError(f"--plan {plan}: the operators stand in it; leave {settings[0]} away, or the plan.")
     growth = load(GrowthPlan, plan) if plan else plan_of(parse_overrides(settings), "regrowth grow")
-    source = find_checkpoint(path)
+    together = ranks()
+    source = together.first(lambda: find_checkpoint(path))
     before = read_state(source).model
     *_, after = growth.configs(before)
     # Not among the run's own checkpoints: those are what the run goes on from.
     target = out or run_of(source).path / "grown" / f"{source.name}-{growth.describe()['op'].replace(' + ', '-')}-{after.parameters}"
-    together = ranks()
     console = Console(quiet=together.rank > 0)
     table = Table("", "now", "grown")
     for key in ("layers", "width", "heads", "kv_heads", "ffn_width", "expert_count", "vocabulary", "parameters", "active_parameters"):
@@ -51,7 +51,11 @@ def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, w
         return console.print(f"would write {target}", soft_wrap=True)
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal or together.rank > 0) as bar:
         task = bar.add_task("growing", total=None)
-        grow_checkpoint(source, target, growth, workers, lambda done, total: bar.update(task, completed=done, total=total), together)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        grow_checkpoint(source, target, growth, workers, show, together, identity_of(source))
     if together.rank > 0:
         return
     console.print(f"{target}: {after.layers} layers, {after.parameters:,} parameters", soft_wrap=True)

@@ -49,6 +49,7 @@ def run_local(folder: Path, corpus: str, ranks: int, watch: Callable[[bool], Non
                 show(True)
                 return
             if any(code not in (None, 0) for code in codes):
+                first = {rank for rank, code in enumerate(codes) if code is not None}
                 break
             if asked.count and stopping_since is None:
                 stopping_since = time.monotonic()
@@ -63,7 +64,7 @@ def run_local(folder: Path, corpus: str, ranks: int, watch: Callable[[bool], Non
         codes = [worker.poll() for worker in workers]
         if stopping_since is not None and any(code == -signal.SIGTERM for code in codes):  # asked before they were ready to be
             raise Stopped(f"{folder}: stopped before the first step. Go on with: regrowth train --resume {folder}")
-        raise _letter(folder, codes)
+        raise _letter(folder, codes, first)
     finally:
         asked.restore()
         _end(workers, grace=0.0)
@@ -135,8 +136,12 @@ def _stopped(folder: Path, ranks: int) -> bool:
     return any(code == Stopped.exit_code for _, code, _ in _letters(folder, ranks))
 
 
-def _letter(folder: Path, codes: list[int | None]) -> RegrowthError:
-    """What to tell of workers that did not all end well: a killed rank first, then the user's faults, then the rest."""
+def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthError:
+    """What to tell of workers that did not all end well: a killed rank first, then the user's faults, then the rest.
+
+    Args:
+        first: the ranks that had ended when the launcher saw it and ended the others.
+    """
     letters = _letters(folder, len(codes))
     resume = f"The newest checkpoint stands; go on with: regrowth train --resume {folder}"
     written = {rank for rank, _, _ in letters}
@@ -152,6 +157,9 @@ def _letter(folder: Path, codes: list[int | None]) -> RegrowthError:
         return WorkerFailed(f"{message} (rank {rank}, log: {folder}/logs/rank-{rank}.log) {resume}", code)
     # Letters of ranks that lost a neighbour only echo its death: the neighbour was killed from outside.
     silent = [rank for rank in range(len(codes)) if rank not in written]
+    if silent and not first.intersection(silent):
+        echo = letters[0][2] if letters else "no letter was left"
+        return RunFailed(f"{folder}: rank {silent[0]} hung, others lost it, and it was ended ({echo}; logs in {folder}/logs). {resume}")
     who = f"rank {silent[0]}" if silent else "a rank"
     return RunFailed(f"{folder}: {who} was killed (SIGKILL: out of memory, or by hand; its log is in {folder}/logs). {resume}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Signs of a collective that did not come about, in the words of gloo, NCCL and c10d.
 _TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
+_PHASES = ("checkpoint", "data", "forward and backward", "update")  # of a step, in their order; a checkpoint is of the moment before it
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 
@@ -59,6 +60,11 @@ def beats(folder: Path) -> list[Beat]:
     return sorted(found, key=lambda beat: beat.rank)
 
 
+def _place(beat: Beat) -> tuple[int, int]:
+    """How far a rank is: its step, and the phase of it."""
+    return beat.step, _PHASES.index(beat.phase) if beat.phase in _PHASES else len(_PHASES)
+
+
 def explain(folder: Path, error: BaseException, rank: int) -> str | None:
     """A letter about a collective that failed on this rank: who was behind and where. None if the error is of another kind."""
     told = str(error)
@@ -69,13 +75,13 @@ def explain(folder: Path, error: BaseException, rank: int) -> str | None:
     mine = next((beat for beat in known if beat.rank == rank), None)
     if mine is None:
         return None
-    last = min((beat.step, beat.time) for beat in known)
-    late = [beat for beat in known if beat.step < mine.step] or [
-        beat for beat in known if (beat.step, beat.time) == last and beat.rank != rank
-    ]
-    where = f'step {mine.step}, "{mine.phase}"'
-    if not late:
+    others = [beat for beat in known if beat.rank != rank]
+    if not others:
         return None
+    # Those that are the least far, were they even as far as this one: who hangs in the same phase may have begun it first or last.
+    least = min(map(_place, others))
+    late = sorted((beat for beat in others if _place(beat) == least), key=lambda beat: beat.time)
+    where = f'step {mine.step}, "{mine.phase}"'
     who = ", ".join(
         f'rank {b.rank} on {b.host} (last seen at step {b.step}, "{b.phase}", {time.time() - b.time:.0f} s ago)' for b in late[:4]
     )

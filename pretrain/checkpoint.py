@@ -174,11 +174,7 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         UserError: naming the file that is missing, truncated or altered.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such checkpoint folder.")
-    if not (path / "manifest.json").exists():
-        raise UserError(f"{path}: refused, it has no manifest.json: it was never finished, or is not a checkpoint.")
-    manifest = read_json(path / "manifest.json")
+    manifest = _manifest(path)
     if manifest.get("format") not in _READABLE:
         raise UserError(f"{path}: refused, checkpoint format {manifest.get('format')}; this version reads formats up to {FORMAT}.")
     for name, entry in manifest["files"].items():
@@ -210,9 +206,15 @@ def identity_of(path: Path) -> str:
     Raises:
         UserError: it has no manifest.
     """
+    return _manifest(path)["id"]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such checkpoint folder.")
     if not (path / "manifest.json").exists():
         raise UserError(f"{path}: refused, it has no manifest.json: it was never finished, or is not a checkpoint.")
-    return read_json(path / "manifest.json")["id"]
+    return read_json(path / "manifest.json")
 
 
 def list_checkpoints(run: Path) -> list[Path]:

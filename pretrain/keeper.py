@@ -8,10 +8,9 @@ import torch
 from regrowth.errors import Stopped, UserError
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.pretrain.checkpoint import read_state
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.event import plan_in_force
-from regrowth.pretrain.lineage import Lineage
+from regrowth.pretrain.lineage import Lineage, read_lineage
 from regrowth.pretrain.run_folder import RunFolder
 
 
@@ -30,7 +29,7 @@ class PlanKeeper:
 
     def plan_at(self, checkpoint: Path | None) -> ParallelPlan:
         """The plan in force at a checkpoint; None: at the start."""
-        return plan_in_force(self.first, self.config.growth, read_state(checkpoint).lineage if checkpoint else Lineage())
+        return plan_in_force(self.first, self.config.growth, read_lineage(checkpoint) if checkpoint else Lineage())
 
     def follow(self, checkpoint: Path | None) -> None:
         """Take the plan on which a run goes on from a checkpoint.
@@ -39,7 +38,6 @@ class PlanKeeper:
             Stopped: a growth changed the number of ranks, and a launcher has to start them.
             UserError: the config asks for another number of ranks.
         """
-        lineage = read_state(checkpoint).lineage if checkpoint else Lineage()
         plan = self.plan_at(checkpoint)
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         try:
@@ -47,10 +45,11 @@ class PlanKeeper:
         except ValueError as error:
             if not any(event.parallel for event in self.config.growth):
                 raise UserError(f"{self.run.path}/config.toml: {error}.") from error
+            step = read_lineage(checkpoint).step if checkpoint else 0
             if self.rank == 0:
-                self.run.log("events", {"event": "replanned", "time": time.time(), "step": lineage.step, "ranks": plan.world_size})
+                self.run.log("events", {"event": "replanned", "time": time.time(), "step": step, "ranks": plan.world_size})
             raise Stopped(
-                f"{self.run.path}: after the growth at step {lineage.step} the plan needs {plan.world_size} ranks; these are {ranks}. "
+                f"{self.run.path}: after the growth at step {step} the plan needs {plan.world_size} ranks; these are {ranks}. "
                 f"Go on with: regrowth train --resume {self.run.path}"
             ) from error
         if self._mesh is None or self._mesh.plan != plan:

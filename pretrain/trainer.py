@@ -179,7 +179,7 @@ class Trainer:
         limit = self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
         norm = engine.step(lr, config.optimizer.clip, limit)
         if session.ramp:
-            session.ramp.add(step, engine.weights())
+            session.ramp.add(step, engine)
         updated = norm < math.inf and norm <= limit
         routed = balance(engine.modules, session.model_config, self.plan.mesh, move=updated)
         decision = session.loader.observe(step, self._domain_losses(ids, sums))
@@ -316,9 +316,9 @@ class Trainer:
     def _growth_due(self, step: int) -> GrowthEvent | None:
         session = self.session
         lineage = session.lineage
-        left = waiting(self.config.growth, lineage)
         if session.ramp and session.ramp.runs(step):  # what is due waits until it is over
             return None
+        left = waiting(self.config.growth, lineage)
         due = left and step not in lineage.growth_steps and left[0].due(step, lineage.tokens, self.guard.losses)
         return left[0] if due else None
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from regrowth.data_pipeline.prepare import prepare
 from regrowth.parallel.ranks import RankPool
 
 torch.set_num_threads(1)
+# A script's background job ignores Ctrl-C, and so would all that it starts; the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _WORDS = [
     "growth",

@@ -7,8 +7,6 @@ Resumable, as `runs.py`, whose settings it shares.
     python experiments/growth/experts.py --out expert_runs --table
 """
 
-import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import DATA, Curve, Grid, spell
+from grid import Curve, carry_out, parser, spell
 
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.plan import GrowthPlan
@@ -82,25 +80,10 @@ def show(curves: dict[str, Curve], seeds: int) -> None:
 
 def main() -> None:
     """Train what is missing, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("expert_runs"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[2] / "docs/results/expert_runs.json")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--run", nargs=2, metavar=("ROW", "SEED"), help="train only this one")
-    arguments = parser.parse_args()
-    if not DATA.exists():
-        print(f"skipped: needs the shared data in {DATA}")
-        return
-    grid = Grid(Path(__file__), arguments.out, arguments.results, config)
-    if arguments.run:
-        grid.train(arguments.run[0], int(arguments.run[1]))
-        return
-    wanted = [(name, seed) for seed in range(arguments.seeds) for name in ROWS]
-    if not arguments.table:
-        grid.train_all(wanted, arguments.at_once)
-    show(grid.gather(wanted), arguments.seeds)
+    options = parser(__doc__, "expert_runs", 3).parse_args()
+    curves = carry_out(options, __file__, config, [(name, seed) for seed in range(options.seeds) for name in ROWS])
+    if curves is not None:
+        show(curves, options.seeds)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ what there is, and draws loss against FLOPs.
     python experiments/growth/runs.py --out growth_runs --table
 """
 
-import argparse
 import itertools
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import DATA, Curve, Grid, macro, points, spell
+from grid import DATA, Curve, carry_out, macro, parser, points, spell
 
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.plan import GrowthPlan
@@ -54,6 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "stack2-fresh-moments": {"base": HALF_DEEP, "growth": {"op": "stack"}, "moments": "zero"},
 }
 MAIN = ("scratch", "scratch-less", "scratch-more", "stack2", "stack4", "interpose", "hyperclone")
+MINOR_SEEDS = 3  # of the rows that are not among the main ones
 RATES = (2e-3, 4e-3, 8e-3)
 ROWS |= {f"{name}-lr{rate:g}": {**ROWS[name], "lr": rate} for name in ("scratch", "stack2") for rate in RATES}
 
@@ -185,33 +184,19 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
 def main() -> None:
     """Train what is missing, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("growth_runs"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[2] / "docs/results/growth_runs.json")
-    parser.add_argument("--seeds", type=int, default=5, help="of the main rows; the others have three at most")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time")
-    parser.add_argument("--tune", action="store_true", help="only the comparison of learning rates, with one seed")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--draw", type=Path, metavar="SVG", help="draw loss against FLOPs (needs matplotlib)")
-    parser.add_argument("--run", nargs=2, metavar=("ROW", "SEED"), help="train only this one")
-    arguments = parser.parse_args()
-    if not DATA.exists():
-        print(f"skipped: needs the shared data in {DATA}")
-        return
-    grid = Grid(Path(__file__), arguments.out, arguments.results, config)
-    if arguments.run:
-        grid.train(arguments.run[0], int(arguments.run[1]))
-        return
+    options = parser(__doc__, "growth_runs", 5)
+    options.add_argument("--tune", action="store_true", help="only the comparison of learning rates, with one seed")
+    options.add_argument("--draw", type=Path, metavar="SVG", help="draw loss against FLOPs (needs matplotlib)")
+    options = options.parse_args()
     tuned = [(name, 0) for name in ROWS if "-lr" in name]
-    main_rows = [(name, seed) for seed in range(arguments.seeds) for name in ROWS if "-lr" not in name and (name in MAIN or seed < 3)]
-    wanted = tuned if arguments.tune else main_rows
-    if not arguments.table:
-        grid.train_all(wanted, arguments.at_once)
-    curves = grid.gather([*tuned, *main_rows])
+    rows = [(name, seed) for seed in range(options.seeds) for name in ROWS if "-lr" not in name and (name in MAIN or seed < MINOR_SEEDS)]
+    curves = carry_out(options, __file__, config, *((tuned, rows) if options.tune else (rows, tuned)))
+    if curves is None:
+        return
     show_rates(curves, 1)
-    show(curves, arguments.seeds)
-    if arguments.draw:
-        draw(curves, arguments.draw)
+    show(curves, options.seeds)
+    if options.draw:
+        draw(curves, options.draw)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ there is. What is finished is also written to `--results`, a small file that goe
     python experiments/mixing/runs.py --out mixing_runs --table
 """
 
-import argparse
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import DATA, Grid, macro, spell, steps_to
+from grid import DATA, carry_out, macro, parser, spell, steps_to
 
 from regrowth.pretrain.config import RunConfig
 
@@ -94,25 +92,11 @@ def show(curves_of: dict[str, dict[str, dict[str, float]]], seeds: int) -> None:
 
 def main() -> None:
     """Train what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("mixing_runs"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[2] / "docs/results/mixing_runs.json")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--run", nargs=2, metavar=("POLICY", "SEED"), help="train only this one")
-    arguments = parser.parse_args()
-    if not DATA.exists():
-        print(f"skipped: needs the shared data in {DATA}")
-        return
-    grid = Grid(Path(__file__), arguments.out, arguments.results, config)
-    if arguments.run:
-        grid.train(arguments.run[0], int(arguments.run[1]))
-        return
-    wanted = [(policy, seed) for seed in range(arguments.seeds) for policy in POLICIES]
-    if not arguments.table:
-        grid.train_all(wanted, arguments.at_once)
-    show(grid.gather(wanted), arguments.seeds)
+    options = parser(__doc__, "mixing_runs", 5).parse_args()
+    wanted = [(policy, seed) for seed in range(options.seeds) for policy in POLICIES]
+    curves = carry_out(options, __file__, config, wanted)
+    if curves is not None:
+        show(curves, options.seeds)
 
 
 if __name__ == "__main__":

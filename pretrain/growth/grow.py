@@ -44,12 +44,14 @@ def grow_checkpoint(
     workers: int = 0,
     progress: Progress = lambda done, total: None,
     ranks: Alone | None = None,
+    identity: str = "",
 ) -> CheckpointState:
     """Grow the checkpoint at `source` into a new one at `target`; returns the new state.
 
     Args:
         workers: processes; 0: as many as the size is worth, at most one a core.
         ranks: that do it together, on file systems that they share; all of them call this.
+        identity: the source's id, where it was verified just now; else it is.
 
     Raises:
         UserError: `source` is refused, `target` exists, an operator does not fit, or another process is growing to the same place.
@@ -58,7 +60,7 @@ def grow_checkpoint(
     ranks = ranks or Alone()
     partial = target.with_name(f".{target.name}.growing")
     with ExitStack() as held:  # the first rank's lock
-        identity = ranks.first(lambda: _begin(source, target, partial, plan, held))
+        identity = ranks.first(lambda: _begin(source, target, partial, plan, identity, held))
         state = read_state(source)
         shapes = plan.configs(state.model)
         ranks.together(lambda: _grow_files(source, partial, plan, state.model, workers, progress, ranks))
@@ -71,11 +73,11 @@ def grow_checkpoint(
     return grown
 
 
-def _begin(source: Path, target: Path, partial: Path, plan: GrowthPlan, held: ExitStack) -> str:
+def _begin(source: Path, target: Path, partial: Path, plan: GrowthPlan, identity: str, held: ExitStack) -> str:
     """See that the growth can be done, and make the folder that it is done in, or find what was done before; returns the source's id."""
     if target.exists():
         raise UserError(f"{target}: exists already; growing never overwrites. Remove it or choose another output.")
-    identity = verify(source)["id"]
+    identity = identity or verify(source)["id"]
     jobs = _jobs(plan.configs(read_state(source).model)[-1])
     partial.mkdir(parents=True, exist_ok=True)
     held.enter_context(

@@ -5,6 +5,7 @@ import torch
 from regrowth.errors import UserError
 from regrowth.kernels.random import normal, random_key
 from regrowth.parallel.dtensor import local_global_index, local_tensor
+from regrowth.parallel.engine import Engine
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.plan import GrowthPlan
 from regrowth.pretrain.growth.random_pad import RandomPad
@@ -30,11 +31,13 @@ class Ramp:
         return self.first <= step < self.first + self.steps
 
     @torch.no_grad()
-    def add(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+    def add(self, step: int, engine: Engine) -> None:
         """After the update of a step; outside of the ramp nothing."""
         if self.runs(step):
+            weights = engine.weights()
             for name, part in self.parts.items():
                 local_tensor(weights[name]).add_(part)
+            engine.loaded(engine.optimizer_steps)  # copies of tied weights are made anew
 
 
 def _ramp_steps(parent: Parent) -> int:

@@ -1,7 +1,7 @@
 """A checkpoint's lineage as a picture: from its first ancestor down, what was done with each, and where the FLOPs went."""
 
 from html import escape
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from regrowth.pretrain.lineage import Lineage, Parent
 
@@ -13,8 +13,7 @@ def lineage_svg(lineage: Lineage) -> str:
     """Inline SVG; empty where there are no ancestors. Checkpoints that were averaged stand side by side."""
     if not lineage.parents:
         return ""
-    this = lineage.as_parent("", "", {})
-    rows = [list(group) for _, group in groupby([*lineage.parents, this], key=_row_key(lineage))]
+    rows = _rows(lineage)
     total = max(lineage.train_flops, 1.0)
     parts, before = [], 0.0
     for number, row in enumerate(rows):
@@ -25,13 +24,15 @@ def lineage_svg(lineage: Lineage) -> str:
         before = max(before, spent)
     for number, (row, _) in enumerate(pairwise(rows)):
         top, width = number * ROW + BOX, (WIDTH - GAP * (len(row) - 1)) / len(row)
-        colour, label = _COLOURS.get(row[0].relation, "#5B5B5B"), _label(row)
+        colour, label = _COLOURS.get(row[0].relation, "#5B5B5B"), row[0].operator.get("op", "")
         for place in range(len(row)):
             x = place * (width + GAP) + width / 2
             parts.append(
                 f'<line x1="{x:.0f}" y1="{top}" x2="{WIDTH / 2:.0f}" y2="{top + ROW - BOX - 4}" stroke="{colour}" stroke-width="2" marker-end="url(#tip)"/>'
             )
-        parts.append(f'<text x="{WIDTH / 2 + 12:.0f}" y="{top + 21}" font-size="12" fill="{colour}">{escape(label)}</text>')
+        parts.append(
+            f'<text x="{WIDTH / 2 + 12:.0f}" y="{top + 21}" font-size="12" fill="{colour}">{escape(("grown by " if row[0].relation == "grown from" else "") + label)}</text>'
+        )
     tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0L8,4L0,8z" fill="#5B5B5B"/></marker>'
     height = len(rows) * ROW - (ROW - BOX) + 2
     return (
@@ -40,23 +41,19 @@ def lineage_svg(lineage: Lineage) -> str:
     )
 
 
-def _row_key(lineage: Lineage):  # type: ignore[no-untyped-def]
-    """Ancestors that were averaged together share a row; every other has its own."""
-    order = {id(parent): i for i, parent in enumerate(lineage.parents)}
-    first = 0
-
-    def key(parent: Parent) -> int:
-        nonlocal first
-        i = order.get(id(parent), len(order))
-        together = 0 < i < len(order) and parent.relation == lineage.parents[i - 1].relation == "averaged from"
-        first = first if together else i
-        return first
-
-    return key
+def _rows(lineage: Lineage) -> list[list[Parent]]:
+    """Ancestors that were averaged together share a row; every other has its own, and this checkpoint the last."""
+    rows: list[list[Parent]] = []
+    for parent in lineage.parents:
+        if rows and parent.relation == rows[-1][0].relation == "averaged from":
+            rows[-1].append(parent)
+        else:
+            rows.append([parent])
+    return [*rows, [lineage.as_parent("", "", {})]]
 
 
 def _box(parent: Parent, x: float, y: float, width: float, share: float, flops: float, last: bool) -> str:
-    sizes = next((f" · {size[0]:,} parameters" for key, size in parent.operator.items() if key == "parameters"), "")
+    sizes = f" · {parent.operator['parameters'][0]:,} parameters" if "parameters" in parent.operator else ""
     narrow = width < WIDTH / 2
     name = "this checkpoint" if last else parent.id[: 7 if narrow else 12]
     line = f"{name} · step {parent.step:,}{sizes}"
@@ -69,9 +66,3 @@ def _box(parent: Parent, x: float, y: float, width: float, share: float, flops: 
         f'<text x="{x + 9:.0f}" y="{y + 16}" font-size="12" fill="currentColor">{escape(line)}</text>'
         f'<text x="{x + 9:.0f}" y="{y + 31}" font-size="11" fill="#767676">{escape(told)}</text></g>'
     )
-
-
-def _label(row: list[Parent]) -> str:
-    parent = row[0]
-    what = {"grown from": "grown by", "continued from": "", "averaged from": ""}.get(parent.relation, parent.relation)
-    return f"{what} {parent.operator.get('op', '')}".strip()

@@ -1,5 +1,7 @@
 """Runs for tests: create, run on a pool of ranks, read back."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.files import write_json
 from regrowth.parallel.ranks import RankPool
+from regrowth.pretrain.checkpoint import list_checkpoints
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.train import train
@@ -33,3 +36,12 @@ def go(run: RunFolder, corpus: Corpus, ranks: Ranks) -> RunFolder:
 def losses(run: RunFolder) -> list[float]:
     """The loss of every step."""
     return [row["loss"] for row in run.rows("metrics")]
+
+
+def cut_back(run: RunFolder, step: int) -> None:
+    """Make a run look as if it had been killed after the checkpoint of `step`."""
+    for path in list_checkpoints(run.path):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    events = [e for e in run.rows("events") if e["event"] != "finished"]
+    (run.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))

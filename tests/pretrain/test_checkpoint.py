@@ -12,7 +12,7 @@ from regrowth.errors import UserError
 from regrowth.files import sha256_of
 from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, newest_whole, verify
 from regrowth.pretrain.run_folder import RunFolder
-from tests.pretrain.helpers import Ranks, go, losses, new_run
+from tests.pretrain.helpers import Ranks, cut_back, go, losses, new_run
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +94,6 @@ def test_weights_and_moments_load_alike_on_one_process(finished: RunFolder) -> N
     assert (state.trainer["step"], state.trainer["optimizer_steps"]) == (12, 12)
     assert state.lineage.tokens == sum(row["tokens"] for row in finished.rows("metrics"))
     assert state.lineage.train_flops == pytest.approx(state.lineage.tokens * state.model.train_flops_per_token(64))
-
-
-def cut_back(run: RunFolder, step: int) -> None:
-    """Make a run look as if it had been killed after the checkpoint of `step`."""
-    for path in list_checkpoints(run.path):
-        if int(path.name.split("-")[1]) > step:
-            shutil.rmtree(path)
-    events = [e for e in run.rows("events") if e["event"] != "finished"]
-    (run.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
 
 
 def test_resuming_on_the_same_plan_is_bit_exact(run: RunFolder, finished: RunFolder, corpus: Corpus, ranks: Ranks) -> None:

@@ -1,6 +1,5 @@
 """When a run grows, and on which plan it goes on."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
 from regrowth.pretrain.growth.event import GrowthEvent, Plateau, plan_in_force, waiting
 from regrowth.pretrain.lineage import Lineage, Parent
 from regrowth.pretrain.run_folder import RunFolder
-from tests.pretrain.helpers import Ranks, go, losses, new_run
+from tests.pretrain.helpers import Ranks, cut_back, go, losses, new_run
 
 STACK = [{"op": "stack", "factor": 2}]
 SHORT = {"run": {"steps": 10}, "checkpoint": {"every": 4, "keep": 10}}
@@ -86,11 +85,7 @@ def test_growth_by_tokens_and_by_a_plateau_goes_on_bit_for_bit_after_a_kill(corp
     run = go(new_run(corpus, tmp_path, growth=growth, **SHORT), corpus, ranks)
     assert grown_at(run) == [2, 6], "two steps have more tokens than asked for; four steps later there are two windows of the larger model"
     again = RunFolder(Path(shutil.copytree(run.path, tmp_path / "again")))
-    for path in list_checkpoints(again.path):
-        if path.name > "step-000004":
-            shutil.rmtree(path)
-    kept = [event for event in again.rows("events") if event["event"] != "finished"]
-    (again.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    cut_back(again, 4)
     go(again, corpus, ranks)
     assert losses(again) == losses(run)
     assert verify(list_checkpoints(again.path)[-1])["id"] == verify(list_checkpoints(run.path)[-1])["id"]
@@ -141,11 +136,7 @@ def test_random_values_are_faded_in_alike_under_every_plan_and_through_a_kill(co
     whole = go(new_run(corpus, tmp_path / "whole", **settings), corpus, ranks)
     assert_allclose(losses(split), losses(whole), rtol=1e-5)
     again = RunFolder(Path(shutil.copytree(whole.path, tmp_path / "again")))
-    for path in list_checkpoints(again.path):
-        if path.name > "step-000004":
-            shutil.rmtree(path)
-    kept = [event for event in again.rows("events") if event["event"] != "finished"]
-    (again.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    cut_back(again, 4)
     go(again, corpus, ranks)
     assert losses(again) == losses(whole)
 
