@@ -7,10 +7,11 @@ import argparse
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from regrowth.data_pipeline.prepare import prepare
 from regrowth.errors import UserError
 from regrowth.files import fingerprint, read_json, write_json
 from regrowth.launch.training import run_training
+from regrowth.pretrain.checkpoint import newest_whole
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 
@@ -37,12 +39,14 @@ class Grid:
 
     Args:
         config: the config of a name and a seed, with its folders below a folder.
+        trunk: the run that one begins as and that ends where their ways part; trained once for all that have it, and before them.
     """
 
     program: Path
     out: Path
     results: Path
     config: Callable[[Path, str, int], RunConfig]
+    trunk: Callable[[str], str | None]
 
     def folders(self, name: str, seed: int) -> list[RunFolder]:
         """The folders of a run; those of another config, of an older state of the program, are not looked at."""
@@ -59,7 +63,25 @@ class Grid:
     def train(self, name: str, seed: int) -> None:
         """One run, from where it stands."""
         there = self.folders(name, seed)
-        run_training(self.config(self.out, name, seed), Console(), there[-1] if there else None)
+        run_training(self.config(self.out, name, seed), Console(), there[-1] if there else self._branch(name, seed))
+
+    def _branch(self, name: str, seed: int) -> RunFolder | None:
+        """A new run that goes on from the end of its trunk, if that is trained; the trunk's curve becomes its own."""
+        trunk = self.trunk(name)
+        done = next((run for run in self.folders(trunk, seed) if run.finished), None) if trunk else None
+        checkpoint = newest_whole(done.path)[0] if done else None
+        if done is None or checkpoint is None:
+            return None
+        run = RunFolder.create(self.config(self.out, name, seed))
+        shutil.copy(done.path / "data.json", run.path)
+        for log in ("metrics", "mixing", "evaluations"):
+            for row in done.rows(log):
+                if not row.get("final"):
+                    run.log(log, row)
+        copy = run.path / "checkpoints" / f".{checkpoint.name}"  # a copy that is cut off is no checkpoint, and the run begins from nothing
+        shutil.copytree(checkpoint, copy)
+        copy.rename(copy.with_name(checkpoint.name))
+        return run
 
     def train_all(self, wanted: Wanted, at_once: int) -> None:
         """What is not finished, in its order."""
@@ -72,8 +94,12 @@ class Grid:
         prepare(data)
         logs = self.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
+        began: dict[tuple[str, int], Future[int]] = {}
 
         def one(which: tuple[str, int]) -> int:
+            trunk = began.get((str(self.trunk(which[0])), which[1]))
+            if trunk:  # it stands before this one in the queue, and so it runs or has run
+                trunk.result()
             command = [sys.executable, str(self.program), "--out", str(self.out), "--run", which[0], str(which[1])]
             with (logs / f"{which[0]}-{which[1]}.log").open("a") as log:
                 code = subprocess.run(command, stdout=log, stderr=log).returncode
@@ -81,8 +107,10 @@ class Grid:
             return code
 
         with ThreadPoolExecutor(at_once) as pool:
-            for which, code in zip(missing, track(pool.map(one, missing), "runs", len(missing)), strict=True):
-                if code:
+            for which in missing:
+                began[which] = pool.submit(one, which)
+            for which, run in track(began.items(), "runs"):
+                if code := run.result():
                     print(f"{which[0]}, seed {which[1]}: ended with exit code {code}; see {logs}")
 
     def gather(self, wanted: Wanted) -> dict[str, Curve]:
@@ -117,13 +145,18 @@ def parser(description: str | None, name: str, seeds: int) -> argparse.ArgumentP
 
 
 def carry_out(
-    options: argparse.Namespace, program: str, config: Callable[[Path, str, int], RunConfig], wanted: Wanted, shown: Wanted = ()
+    options: argparse.Namespace,
+    program: str,
+    config: Callable[[Path, str, int], RunConfig],
+    wanted: Wanted,
+    shown: Wanted = (),
+    trunk: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, Curve] | None:
     """Do what the options ask for; the finished curves of what is wanted, and of what is only shown. None: there is nothing to show."""
     if not DATA.exists():
         print(f"skipped: needs the shared data in {DATA}")
         return None
-    grid = Grid(Path(program), options.out, options.results, config)
+    grid = Grid(Path(program), options.out, options.results, config, trunk)
     if options.run:
         grid.train(options.run[0], int(options.run[1]))
         return None

@@ -45,6 +45,16 @@ class Lineage(Settings):
         parent = self.as_parent(parent_id, "continued from", {"op": "a new run"})
         return self.model_copy(update={"parents": [*self.parents, parent], "step": 0})
 
+    def trained(self, run: str, tokens: int, flops: float, by_domain: dict[str, int]) -> "Lineage":
+        """The record after one more step.
+
+        Args:
+            by_domain: tokens of the step, padding counted.
+        """
+        of_domains = {name: self.tokens_by_domain.get(name, 0) + by_domain.get(name, 0) for name in {**self.tokens_by_domain, **by_domain}}
+        spent = {"tokens": self.tokens + tokens, "train_flops": self.train_flops + flops, "tokens_by_domain": of_domains}
+        return self.model_copy(update={"run": run, "step": self.step + 1, **spent})
+
     @property
     def growths(self) -> list[Parent]:
         """The growths of the present run, oldest first."""

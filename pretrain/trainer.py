@@ -7,12 +7,11 @@ is weighted by token over the whole global batch, never a mean of means.
 import gc
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from regrowth.data_pipeline.batch import split_sample_id
@@ -20,10 +19,9 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import Exhausted, RegrowthError, RunFailed, Stopped
 from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
-from regrowth.pretrain.background import BackgroundSaver, Saved
-from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, prune, read_state, set_aside
+from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, read_state, set_aside
 from regrowth.pretrain.config import RunConfig
-from regrowth.pretrain.evaluate import evaluate, heldout, total
+from regrowth.pretrain.evaluate import evaluate, heldout
 from regrowth.pretrain.growth.event import GrowthEvent, waiting
 from regrowth.pretrain.growth.grow import grow_checkpoint
 from regrowth.pretrain.growth.plan import GrowthPlan
@@ -31,11 +29,12 @@ from regrowth.pretrain.keeper import PlanKeeper
 from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.memory import is_out_of_memory
 from regrowth.pretrain.memory import letter as memory_letter
-from regrowth.pretrain.metrics import MetricsWriter, model_flops_utilization, peak_memory_bytes
 from regrowth.pretrain.moe import balance, router_rows
 from regrowth.pretrain.profile import Profile
+from regrowth.pretrain.records import Records, domain_losses
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.safety import StepGuard
+from regrowth.pretrain.saving import Saving
 from regrowth.pretrain.schedule import lr_factor
 from regrowth.pretrain.session import Session
 
@@ -53,7 +52,7 @@ class Trainer:
         self.run, self.plan, self.corpus = run, PlanKeeper(run, config, device, rank), corpus
         self.device, self.rank, self.asked_to_stop = device, rank, asked_to_stop
         self.recipe = config.precision.build()
-        self.metrics = MetricsWriter(run) if rank == 0 else None
+        self.records = Records(run, corpus, device, rank)
         self.guard = StepGuard(config.safety, max([0, *(2 * event.at_plateau.window for event in config.growth if event.at_plateau)]))
         self.told_recipe = ""
         self.rewound_to = -1
@@ -61,15 +60,13 @@ class Trainer:
             checkpoint = on_first_rank(self._where_to_start)
         self.plan.follow(checkpoint)
         self.heart = Heartbeat(run.path / "logs", rank, self.config.parallel.world_size)
-        self.saver = BackgroundSaver(self.config.parallel.world_size, config.run.timeout_seconds)
-        self.saved_at = -1
         self.session = Session(self.config, corpus, self.plan.mesh, checkpoint)
+        self.saving = Saving(self.config, self.records, self.session.step if checkpoint else -1)
         if checkpoint:
-            self.saved_at = self.session.step
             self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
-        self._begin_decisions(self.session.step)
+        self.records.decided_by(self.session.step, self.session.loader)
         if not checkpoint:
-            self._event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
+            self.records.event("started", parameters=self.session.model_config.parameters, layers=self.session.model_config.layers)
 
     @property
     def config(self) -> RunConfig:
@@ -112,37 +109,25 @@ class Trainer:
                 self._save(done, wait=True)
                 self._evaluate(done, self.config.evaluation.final_sequences_per_domain, final=True)
                 barrier()
-                self._event("finished", step=done)
+                self.records.event("finished", step=done)
         except RegrowthError:
             with suppress(RegrowthError):
-                self.saver.wait()  # the checkpoint on its way is as good as any
+                self.saving.background.wait()  # the checkpoint on its way is as good as any
             raise
         finally:
             gc.enable()
             if session := getattr(self, "session", None):  # there is none if the one after a growth could not be built
                 session.close()
-            if self.metrics:
-                self.metrics.close()
-
-    def _begin_decisions(self, step: int, anyway: bool = False) -> None:
-        """Say in the decision log what the decisions from here on are made by, unless the last to say so said the same."""
-        if self.rank != 0:
-            return
-        segment = self.session.loader.segment()
-        before = self.run.decided_by()
-        if anyway or any(before.get(key) != value for key, value in segment.items()):
-            self.run.log("mixing", {"step": step, **segment})
-            if before:
-                self._event("mixture", step=step, policy=segment["mixing"]["policy"], domains=len(segment["domains"]))
+            self.records.close()
 
     def _where_to_start(self) -> Path | None:
         checkpoint, refused = newest_whole(self.run.path)
         for letter in refused:
-            self._event("checkpoint refused", reason=letter, used=checkpoint.name if checkpoint else "none, from the start")
+            self.records.event("checkpoint refused", reason=letter, used=checkpoint.name if checkpoint else "none, from the start")
         set_aside(self.run.path, newer_than=checkpoint)
         step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if self.run.rows("metrics"):
-            self._event("resumed", step=step, checkpoint=checkpoint.name if checkpoint else None)
+            self.records.event("resumed", step=step, checkpoint=checkpoint.name if checkpoint else None)
         self.run.rewind(step)
         return checkpoint
 
@@ -158,7 +143,7 @@ class Trainer:
         recipe = self.recipe.at(step, config.run.steps)
         session.use_precision(recipe)
         if recipe.name != self.told_recipe:
-            self._event("precision", step=step, recipe=recipe.name)
+            self.records.event("precision", step=step, recipe=recipe.name)
             self.told_recipe = recipe.name
 
         self.heart.beat(step, "data")
@@ -182,67 +167,25 @@ class Trainer:
             session.ramp.add(step, engine)
         updated = norm < math.inf and norm <= limit
         routed = balance(engine.modules, session.model_config, self.plan.mesh, move=updated)
-        decision = session.loader.observe(step, self._domain_losses(ids, sums))
+        decision = session.loader.observe(step, domain_losses(ids, sums))
         self._account(ids, tokens, config.loader.length_at(step))
-        self._tell_of_the_data(step)
+        self.records.data(step, session.loader)
         self._guard(step, loss, norm, updated)
-        if self.metrics:
-            row = self._row(step, loss, lr, norm, tokens, decision, time.perf_counter() - began)
-            if routed:
-                row["routers"] = router_rows(routed, session.model_config)
-            self.metrics.step(row, decision)
+        numbers = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": time.perf_counter() - began}
+        self.records.step(config, session, numbers, decision, router_rows(routed, session.model_config) if routed else None)
         if asked:
             self._save(step + 1, wait=True)
-            self._event("stopped", step=step + 1)
+            self.records.event("stopped", step=step + 1)
             raise Stopped(
                 f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}"
             )
 
-    def _domain_losses(self, ids: list[int], sums: np.ndarray) -> dict[int, float]:
-        """Mean loss of each domain of the step, summed in unit order in fp64, the same on every rank and for every number of ranks."""
-        domain = np.repeat([split_sample_id(s)[0] for s in ids], len(sums) // len(ids))  # a sequence may have been cut into several
-        return {int(d): float(sums[domain == d, 0].sum() / max(sums[domain == d, 1].sum(), 1.0)) for d in np.unique(domain)}
-
-    def _tell_of_the_data(self, step: int) -> None:
-        """Damaged blocks that were skipped, on whichever rank; domains whose loss no longer falls."""
-        for damage in self.session.loader.damage():
-            row = {"step": step, "rank": self.rank, "shard": damage.shard, "block": damage.block, "tokens": damage.tokens}
-            self.run.log("damaged", {**row, "reason": damage.reason})
-            self._event("damaged block skipped", **row)
-        for domain, saturated in self.session.loader.mixer.verdicts():
-            self._event("saturated" if saturated else "learning again", step=step, domain=domain)
-
     def _account(self, ids: list[int], tokens: int, length: int) -> None:
         """Write what the step consumed into the lineage."""
-        lineage, model = self.session.lineage, self.session.model_config
-        by_domain = dict(lineage.tokens_by_domain)
-        for sample in ids:
-            name = self.corpus.domains[split_sample_id(sample)[0]]
-            by_domain[name] = by_domain.get(name, 0) + self.config.loader.sequence_length
-        flops = lineage.train_flops + float(tokens) * model.train_flops_per_token(length)
-        changes = {"run": self.run.path.name, "step": lineage.step + 1, "tokens": lineage.tokens + tokens}
-        self.session.lineage = lineage.model_copy(update={**changes, "train_flops": flops, "tokens_by_domain": by_domain})
-
-    def _row(self, step: int, loss: float, lr: float, norm: float, tokens: int, decision: dict[str, Any], seconds: float) -> dict[str, Any]:
-        domains = self.corpus.domains
-        rate = tokens / seconds
-        flops = self.session.model_config.train_flops_per_token(self.config.loader.length_at(step))
-        return {
-            "step": step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": tokens,
-            "seconds": seconds,
-            "data_wait": self.session.feed.waited,
-            "tokens_per_second": rate,
-            "mfu": model_flops_utilization(rate * flops, self.config, self.device),
-            "domain_loss": {domains[int(d)]: x for d, x in decision["losses"].items()},
-            "mixture": dict(zip(domains, decision["probabilities"], strict=True)),
-            "precision": self.session.recipe.name,
-            "layers": self.session.model_config.layers,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-        }
+        domains = Counter(self.corpus.domains[split_sample_id(sample)[0]] for sample in ids)
+        by_domain = {name: count * self.config.loader.sequence_length for name, count in domains.items()}
+        flops = float(tokens) * self.session.model_config.train_flops_per_token(length)
+        self.session.lineage = self.session.lineage.trained(self.run.path.name, tokens, flops, by_domain)
 
     def _exchange(self, tokens: int, weight: float) -> tuple[int, float, bool]:
         """One small exchange before a step: tokens and loss weight of the global batch, and whether any rank was asked to stop.
@@ -250,18 +193,16 @@ class Trainer:
         Raises:
             RunFailed: on all ranks, if the checkpoint on its way could not be written by one of them.
         """
-        if (saved := self.saver.finished()) is not None:
-            self._note_saved(saved)
+        self.saving.note_finished()
         plan = self.config.parallel
         copies = plan.world_size // plan.data_ranks  # ranks that read the same sequences
-        mine = [tokens / copies, weight / copies, float(self.asked_to_stop()), float(self.saver.failed)]
+        mine = [tokens / copies, weight / copies, float(self.asked_to_stop()), float(self.saving.background.failed)]
         ours = torch.tensor(mine, dtype=torch.float64, device=self.device)
         if plan.world_size > 1:
             torch.distributed.all_reduce(ours)
         all_tokens, all_weight, asked, failed = ours.tolist()
         if failed:
-            self.saver.wait()  # raises where it failed
-            raise RunFailed(f"{self.run.path}: a checkpoint could not be written on another rank. Older checkpoints are intact.")
+            self.saving.fail()
         return round(all_tokens), round(all_weight, 6), asked > 0
 
     def _guard(self, step: int, loss: float, norm: float, updated: bool) -> None:
@@ -273,7 +214,9 @@ class Trainer:
         reason = (
             "not finite" if not finite else f"loss above {limits[0]:.4g}" if loss > limits[0] else f"gradient norm above {limits[1]:.4g}"
         )
-        self._event("skipped step", step=step, reason=f"{reason}; no update was made", loss=loss, norm=str(norm), in_a_row=guard.in_a_row)
+        self.records.event(
+            "skipped step", step=step, reason=f"{reason}; no update was made", loss=loss, norm=str(norm), in_a_row=guard.in_a_row
+        )
         if guard.in_a_row >= self.config.safety.give_up_after:
             what = "the gradient was not finite" if not finite else "loss or gradient norm was an outlier"
             raise RunFailed(f"{self.run.path}: {what} for {guard.in_a_row} steps in a row (last: step {step}). Lower optimizer.lr "
@@ -284,7 +227,7 @@ class Trainer:
         first = step - self.guard.in_a_row
         if self.rewound_to >= 0 and self.session.step == self.rewound_to:  # that one did not help: further back
             first = min(first, self.rewound_to - 1)
-        self._settle()
+        self.saving.settle()
         with patience(self.config.run.timeout_seconds):
             checkpoint = on_first_rank(lambda: newest_before(self.run.path, first))
         if checkpoint and self.plan.plan_at(checkpoint).world_size != self.config.parallel.world_size:
@@ -292,7 +235,7 @@ class Trainer:
         on_first_rank(lambda: set_aside(self.run.path, newer_than=checkpoint) if checkpoint else None)
         if checkpoint is None:
             self.guard.rewinds = self.config.safety.rewind_limit
-            self._event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
+            self.records.event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
             return step
         rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors_before(step)
         self._begin_session(checkpoint)
@@ -301,15 +244,15 @@ class Trainer:
         self.rewound_to = back = self.session.step
         if self.rank == 0:
             self.run.rewind(back)
-        self._begin_decisions(back, anyway=True)  # the cursors jump
-        self._event(
+        self.records.decided_by(back, self.session.loader, anyway=True)  # the cursors jump
+        self.records.event(
             "rewound",
             step=step,
             to=back,
             rewinds=rewinds,
             reason=f"outliers since step {first}; the data of steps {back} to {step - 1} is skipped",
         )
-        self.saved_at = -1
+        self.saving.at = -1
         self._save(back, wait=True)  # with the loader where it is, so that a resume does not read the skipped data either
         return back
 
@@ -330,7 +273,7 @@ class Trainer:
         with patience(self.config.run.timeout_seconds):
             on_first_rank(lambda: _grow_again(source, target, event))
         after = read_state(target).model
-        self._event(
+        self.records.event(
             "growth",
             step=step,
             **event.describe(),
@@ -351,50 +294,12 @@ class Trainer:
         self.session = Session(self.config, self.corpus, self.plan.mesh, checkpoint)
 
     def _save(self, step: int, wait: bool = False) -> None:
-        """Begin to write a checkpoint of this moment, and with `wait` see it stand."""
-        if self.saved_at != step:
-            self.heart.beat(step, "checkpoint")
-            session, engine = self.session, self.session.engine
-            state = session.state(step, self.guard.state_dict())
-            path = checkpoint_path(self.run.path, step, grown=step in session.lineage.growth_steps)
-            before = self.saver.start(path, step, engine.weights(), engine.moments(), state)
-            self.saved_at = step
-            if before is not None:
-                self._note_saved(before)
-        if wait or not self.config.checkpoint.background:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Until no checkpoint is on its way."""
-        if (saved := self.saver.wait()) is not None:
-            self._note_saved(saved)
-        barrier()
-
-    def _note_saved(self, saved: Saved) -> None:
-        if self.rank == 0:
-            prune(self.run.path, self.config.checkpoint.keep)
-        self._event(
-            "checkpoint", step=saved.step, path=saved.path.name, seconds=round(saved.write_seconds, 3), stall=round(saved.stall_seconds, 3)
-        )
+        self.heart.beat(step, "checkpoint")
+        self.saving.save(step, self.session, self.guard.state_dict(), wait)
 
     def _evaluate(self, step: int, per_domain: int, final: bool = False, note: str = "") -> None:
         batch = heldout(self.corpus, self.config.loader.sequence_length, per_domain)
-        engine = self.session.engine
-        scores = evaluate(engine, batch, self.corpus, self.device)
-        if self.rank == 0:
-            overall = total(scores, self.corpus)
-            row = {"step": step, "final": final, "note": note, "bits_per_byte": overall.bits_per_byte, "loss": overall.loss,
-                   "domains": {d: {"bits_per_byte": s.bits_per_byte, "loss": s.loss, "bytes": s.bytes_} for d, s in scores.items()}}  # fmt: skip
-            known = {(r["step"], r["note"], r["final"]) for r in self.run.rows("evaluations")}
-            if (step, note, final) in known:  # measured before a stop, and again on the way from the same checkpoint
-                return
-            self.run.log("evaluations", row)
-            assert self.metrics
-            self.metrics.evaluation(row)
-
-    def _event(self, event: str, **details: Any) -> None:
-        if self.rank == 0:
-            self.run.log("events", {"event": event, "time": time.time(), **details})
+        self.records.evaluation(step, evaluate(self.session.engine, batch, self.corpus, self.device), final, note)
 
 
 def _grow_again(source: Path, target: Path, plan: GrowthPlan) -> None:

@@ -46,10 +46,22 @@ def steps_of(name: str) -> int:
     return ROWS[name][0] + round(EXTRA / (runs.TOKENS * grown(name).train_flops_per_token(runs.LENGTH)))
 
 
+TRUNKS = {f"base-{steps}": steps for steps in (YOUNG, TRAINED)}  # trained once for all rows
+
+
+def trunk(name: str) -> str | None:
+    """The run that another begins as."""
+    steps = TRUNKS[name] - 1 if name in TRUNKS else ROWS[name][0]
+    return max((other for other, its in TRUNKS.items() if its <= steps), key=lambda other: TRUNKS[other], default=None)
+
+
 def config(out: Path, name: str, seed: int) -> RunConfig:
-    """The run of a row and a seed."""
-    base, growth = ROWS[name]
+    """The run of a row or a trunk, and a seed."""
     values = runs.config(out, "scratch", seed).model_dump(exclude_none=True)
+    if name in TRUNKS:
+        values["run"] |= {"name": f"{name}-{seed}", "steps": TRUNKS[name]}
+        return RunConfig.model_validate({**values, "model": BASE, "schedule": {**values["schedule"], "decay_fraction": 0.0}})
+    base, growth = ROWS[name]
     values["run"] |= {"name": f"{name}-{seed}", "steps": steps_of(name)}
     values["model"] = BASE if base else grown(name).model_dump()
     if base:
@@ -81,7 +93,8 @@ def show(curves: dict[str, Curve], seeds: int) -> None:
 def main() -> None:
     """Train what is missing, then print the tables."""
     options = parser(__doc__, "expert_runs", 3).parse_args()
-    curves = carry_out(options, __file__, config, [(name, seed) for seed in range(options.seeds) for name in ROWS])
+    wanted = [(name, seed) for seed in range(options.seeds) for name in (*TRUNKS, *ROWS)]
+    curves = carry_out(options, __file__, config, wanted, trunk=trunk)
     if curves is not None:
         show(curves, options.seeds)
 

@@ -1,7 +1,7 @@
 """Growth against training from scratch at equal FLOPs, the base's included: models of about 1M parameters and 2M tokens on real text, paired by seed.
 
 A seed fixes the data's order and the initial weights. The grown model and the scratch model are the same; what grows pays `SHARE` of the FLOPs for its base, and all
-end with the same annealing. The program goes on where it was stopped. `--tune` compares learning rates of scratch and of stacking first; `--table` prints
+end with the same annealing. What several rows begin with is trained once. The program goes on where it was stopped. `--tune` compares learning rates of scratch and of stacking first; `--table` prints
 what there is, and draws loss against FLOPs.
 
     python experiments/growth/runs.py --out growth_runs --tune
@@ -27,6 +27,7 @@ from regrowth.pretrain.growth.plan import GrowthPlan
 from regrowth.pretrain.model_config import ModelConfig
 
 STEPS, TOKENS, LENGTH = 250, 8192, 256  # of scratch; tokens of a step; of a sequence
+DECAY = 0.2  # share of the steps in which the learning rate falls
 SHARE = 0.2  # of all FLOPs that the base takes
 LR = 4e-3
 LARGE = {"vocabulary": 2048, "width": 96, "layers": 8, "heads": 4, "kv_heads": 4, "head_dim": 24, "ffn_width": 256}
@@ -53,7 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 MAIN = ("scratch", "scratch-less", "scratch-more", "stack2", "stack4", "interpose", "hyperclone")
 MINOR_SEEDS = 3  # of the rows that are not among the main ones
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 ROWS |= {f"{name}-lr{rate:g}": {**ROWS[name], "lr": rate} for name in ("scratch", "stack2") for rate in RATES}
 
 
@@ -71,8 +72,34 @@ def steps_of(name: str) -> tuple[int, int]:
     return base, base + round((budget - base * flops(row["base"])) / flops(LARGE))
 
 
+def beginning(name: str) -> tuple[str, dict[str, Any], int] | None:
+    """What other rows may have in common with a row, as (name, model, steps): its base, or what is before the learning rate falls."""
+    row, (base, steps) = ROWS[name], steps_of(name)
+    if "lr" in row or row.get("share") == 0.0:
+        return None
+    model, steps = (row["base"], base) if base else (LARGE, steps - round(DECAY * steps))
+    return f"first{steps}-{model['layers']}x{model['width']}", model, steps
+
+
+def trunk(name: str) -> str | None:
+    """The run that a row, or another such run, begins as."""
+    if name in ROWS:
+        return found[0] if (found := beginning(name)) else None
+    model, steps = TRUNKS[name]
+    shorter = [other for other, (its, n) in TRUNKS.items() if its is model and n < steps]
+    return max(shorter, key=lambda other: TRUNKS[other][1], default=None)
+
+
+TRUNKS = {found[0]: found[1:] for name in ROWS if (found := beginning(name))}
+
+
 def config(out: Path, name: str, seed: int) -> RunConfig:
-    """The run of a row and a seed."""
+    """The run of a row or a trunk, and a seed."""
+    if name in TRUNKS:
+        model, steps = TRUNKS[name]
+        values = config(out, "scratch", seed).model_dump(exclude_none=True)
+        values["run"] |= {"name": f"{name}-{seed}", "steps": steps}
+        return RunConfig.model_validate({**values, "model": model, "schedule": {**values["schedule"], "decay_fraction": 0.0}})
     row, (base, steps) = ROWS[name], steps_of(name)
     values = {
         "run": {"name": f"{name}-{seed}", "folder": str(out / "runs"), "steps": steps, "seed": seed, "threads": 1},
@@ -86,7 +113,7 @@ def config(out: Path, name: str, seed: int) -> RunConfig:
         "loader": {"sequence_length": LENGTH, "global_batch": TOKENS // LENGTH, "unit_sequences": 2, "seed": seed},
         "model": row.get("base", LARGE),
         "optimizer": {"lr": row.get("lr", LR)},
-        "schedule": {"warmup_steps": 20, "decay_fraction": 0.2, "rewarm_steps": 10},
+        "schedule": {"warmup_steps": 20, "decay_fraction": DECAY, "rewarm_steps": 10},
         "parallel": {"micro_batch": 32},
         "checkpoint": {"every": 100, "keep": 1},
         "evaluation": {"every": 25, "sequences_per_domain": 20, "final_sequences_per_domain": 20},
@@ -189,8 +216,12 @@ def main() -> None:
     options.add_argument("--draw", type=Path, metavar="SVG", help="draw loss against FLOPs (needs matplotlib)")
     options = options.parse_args()
     tuned = [(name, 0) for name in ROWS if "-lr" in name]
-    rows = [(name, seed) for seed in range(options.seeds) for name in ROWS if "-lr" not in name and (name in MAIN or seed < MINOR_SEEDS)]
-    curves = carry_out(options, __file__, config, *((tuned, rows) if options.tune else (rows, tuned)))
+    rows = []
+    for seed in range(options.seeds):
+        names = [name for name in ROWS if "-lr" not in name and (name in MAIN or seed < MINOR_SEEDS)]
+        trunks = [name for name in TRUNKS if name in map(trunk, [*names, *TRUNKS])]
+        rows += [(name, seed) for name in sorted(trunks, key=lambda name: TRUNKS[name][1]) + names]
+    curves = carry_out(options, __file__, config, *((tuned, rows) if options.tune else (rows, tuned)), trunk=trunk)
     if curves is None:
         return
     show_rates(curves, 1)
