@@ -128,8 +128,10 @@ class Grid:
         return {name: stored[name]["curve"] for name, its in hashes.items() if name in stored and stored[name]["config"] == its}
 
     def _hash(self, name: str, seed: int) -> str:
-        """Of a run's config, wherever it lies."""
-        return fingerprint(self.config(Path("anywhere"), name, seed).model_dump(mode="json", exclude={"data": {"sources"}}))
+        """Of what the experiment says of a run, wherever it lies; settings that came later, and whose defaults it takes, are no other run."""
+        return fingerprint(
+            self.config(Path("anywhere"), name, seed).model_dump(mode="json", exclude={"data": {"sources"}}, exclude_unset=True)
+        )
 
 
 def parser(description: str | None, name: str, seeds: int) -> argparse.ArgumentParser:

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from regrowth.errors import RegrowthError, RunFailed, Stopped, UserError
+from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped, UserError
 
 _GRACE_SECONDS = 120.0  # to finish a step and write a checkpoint after a request to stop
 
@@ -27,15 +28,23 @@ class WorkerFailed(RunFailed):
         self.exit_code = exit_code
 
 
-def run_local(folder: Path, corpus: str, ranks: int, watch: Callable[[bool], None] | None = None) -> None:
+def run_local(
+    folder: Path,
+    corpus: str,
+    ranks: int,
+    watch: Callable[[bool], None] | None = None,
+    hung: Callable[[], str | None] = lambda: None,
+) -> None:
     """Run all ranks of the run in `folder` to their end.
 
     Args:
         watch: called about five times a second, with True at the end: shows progress.
+        hung: called as often; a sentence if the ranks are found hanging, who are then asked for their stacks and ended.
 
     Raises:
         Stopped: after Ctrl-C or SIGTERM, once the checkpoint is written.
-        WorkerFailed, RunFailed: the first rank's own letter, or how it died.
+        RankLost: a rank was killed, hung, or ended for a reason that need not come again.
+        WorkerFailed, UserError: the first rank's own letter.
     """
     show = watch or (lambda finished: None)
     workers = _start(folder, corpus, ranks)
@@ -51,6 +60,10 @@ def run_local(folder: Path, corpus: str, ranks: int, watch: Callable[[bool], Non
             if any(code not in (None, 0) for code in codes):
                 first = {rank for rank, code in enumerate(codes) if code is not None}
                 break
+            if stopping_since is None and (told := hung()):
+                held = _ask_for_stacks(folder, workers)
+                _end(workers, grace=0.0)
+                raise RankLost(f"{folder}: {told} {held}The stacks are in {folder}/logs. {_resume(folder)}")
             if asked.count and stopping_since is None:
                 stopping_since = time.monotonic()
                 _signal(workers, signal.SIGTERM)
@@ -102,6 +115,29 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _ask_for_stacks(folder: Path, workers: list[subprocess.Popen[bytes]]) -> str:
+    """Let each rank write its Python stacks into its log, and add what the kernel says of it: state, system call, its own stack.
+
+    Returns:
+        A sentence on the ranks that a debugger, a signal or a device holds.
+    """
+    _signal(workers, signal.SIGUSR2)
+    time.sleep(1.0)
+    held = []
+    for rank, worker in enumerate(workers):
+        told = [f"-- found hanging at {time.strftime('%Y-%m-%d %H:%M:%S %z')}"]
+        for name in ("status", "wchan", "syscall", "stack"):
+            with suppress(OSError):
+                text = Path(f"/proc/{worker.pid}/{name}").read_text().strip()
+                told.append(next(line for line in text.splitlines() if line.startswith("State")) if name == "status" else f"{name}: {text}")
+        held += [
+            f"rank {rank} is in state {word}" for line in told if line.startswith("State") and (word := line.split("\t")[-1])[0] in "TtD"
+        ]
+        with (folder / "logs" / f"rank-{rank}.log").open("a") as log:
+            log.write("\n".join(told) + "\n")
+    return f"{', '.join(held)}. " if held else ""
+
+
 def _signal(workers: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
     for worker in workers:
         if worker.poll() is None:
@@ -118,22 +154,26 @@ def _end(workers: list[subprocess.Popen[bytes]], grace: float) -> None:
         worker.wait()
 
 
-def _letters(folder: Path, ranks: int) -> list[tuple[int, int, str]]:
-    """(rank, exit code, message) of every rank that left a letter."""
+def _resume(folder: Path) -> str:
+    return f"The newest checkpoint stands; go on with: regrowth train --resume {folder}"
+
+
+def _letters(folder: Path, ranks: int) -> list[tuple[int, int, str, bool]]:
+    """(rank, exit code, message, whether a new start may mend it) of every rank that left a letter."""
     found = []
     for rank in range(ranks):
         path = folder / "logs" / f"rank-{rank}.error"
         if path.exists():
             try:
                 letter = json.loads(path.read_text(encoding="utf-8"))
-                found.append((rank, int(letter["exit_code"]), str(letter["message"])))
+                found.append((rank, int(letter["exit_code"]), str(letter["message"]), bool(letter["mendable"])))
             except (ValueError, KeyError):
                 continue
     return found
 
 
 def _stopped(folder: Path, ranks: int) -> bool:
-    return any(code == Stopped.exit_code for _, code, _ in _letters(folder, ranks))
+    return any(code == Stopped.exit_code for _, code, *_ in _letters(folder, ranks))
 
 
 def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthError:
@@ -143,25 +183,30 @@ def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthE
         first: the ranks that had ended when the launcher saw it and ended the others.
     """
     letters = _letters(folder, len(codes))
-    resume = f"The newest checkpoint stands; go on with: regrowth train --resume {folder}"
-    written = {rank for rank, _, _ in letters}
+    resume = _resume(folder)
+    written = {rank for rank, *_ in letters}
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and rank not in written and code != -signal.SIGKILL:
-            return RunFailed(f"{folder}: rank {rank} was ended by {signal.Signals(-code).name}. {resume}")
+            return RankLost(f"{folder}: rank {rank} was ended by {signal.Signals(-code).name}. {resume}")
     for kind in (UserError.exit_code, Stopped.exit_code):
-        if chosen := [message for _, code, message in letters if code == kind]:
+        if chosen := [message for _, code, message, _ in letters if code == kind]:
             return Stopped(chosen[0]) if kind == Stopped.exit_code else UserError(chosen[0])
-    own = [(rank, code, message) for rank, code, message in letters if not _is_echo(message)]
+    own = [letter for letter in letters if not _is_echo(letter[2])]
     if own:
-        rank, code, message = own[0]
-        return WorkerFailed(f"{message} (rank {rank}, log: {folder}/logs/rank-{rank}.log) {resume}", code)
+        rank, code, message, mendable = min(own, key=lambda letter: letter[3])  # what no new start mends, before the rest
+        told = f"{message} (rank {rank}, log: {folder}/logs/rank-{rank}.log) {resume}"
+        return RankLost(told) if mendable and code == RankLost.exit_code else WorkerFailed(told, code)
     # Letters of ranks that lost a neighbour only echo its death: the neighbour was killed from outside.
     silent = [rank for rank in range(len(codes)) if rank not in written]
     if silent and not first.intersection(silent):
         echo = letters[0][2] if letters else "no letter was left"
-        return RunFailed(f"{folder}: rank {silent[0]} hung, others lost it, and it was ended ({echo}; logs in {folder}/logs). {resume}")
+        return RankLost(f"{folder}: rank {silent[0]} hung, others lost it, and it was ended ({echo}; logs in {folder}/logs). {resume}")
     who = f"rank {silent[0]}" if silent else "a rank"
-    return RunFailed(f"{folder}: {who} was killed (SIGKILL: out of memory, or by hand; its log is in {folder}/logs). {resume}")
+    if silent and (code := codes[silent[0]] or 0) > 0:
+        return RankLost(
+            f"{folder}: {who} ended with exit code {code} and left no letter; its log is {folder}/logs/rank-{silent[0]}.log. {resume}"
+        )
+    return RankLost(f"{folder}: {who} was killed (SIGKILL: out of memory, or by hand; its log is in {folder}/logs). {resume}")
 
 
 def _is_echo(message: str) -> bool:

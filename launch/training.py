@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from regrowth.errors import RegrowthError, Stopped, UserError
+from regrowth.errors import RegrowthError, UserError
 from regrowth.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def _next_step(run: Path | None) -> int:
 
 def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" = None) -> "RunFolder":
     """Prepare the data, start the plan's ranks here, watch them to the end. Returns the run's folder."""
-    from regrowth.launch.local import run_local
-    from regrowth.launch.watch import Watch
+    from regrowth.launch.supervise import supervise
     from regrowth.pretrain.run_folder import RunFolder
 
     place = corpus_of(run) if run else own_corpus(config, console)
@@ -71,18 +70,8 @@ def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" 
         return run
     console.print(f"[bold]run[/bold] {run.path}", soft_wrap=True)
     _note_spare_vocabulary(config, place, console)
-    while True:
-        watch, ranks = Watch(run.path, config.run.steps, console), run.plan().world_size
-        if run.replanned:
-            run.log("events", {"event": "ranks started", "time": time.time(), "ranks": ranks})
-        try:
-            run_local(run.path, place, ranks, watch)
-            return run
-        except Stopped:
-            if not run.replanned:  # then other ranks go on
-                raise
-        finally:
-            watch.close()
+    supervise(run, config, place, console)
+    return run
 
 
 def own_corpus(config: "RunConfig", console: Console) -> str:

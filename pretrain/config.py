@@ -102,6 +102,19 @@ class EvaluationConfig(Settings):
     final_sequences_per_domain: Count = 512
 
 
+class SupervisionConfig(Settings):
+    """What whoever starts the ranks does when one is lost, or hangs."""
+
+    restarts: Annotated[int, Field(ge=0)] = 3  # in a row without a new checkpoint; after that it is given up
+    backoff_seconds: Annotated[float, Field(ge=0)] = 1.0  # before the first start anew; twice as long before each further one
+    backoff_limit_seconds: Annotated[float, Field(ge=0)] = 300.0
+    hang_seconds: Annotated[float, Field(gt=0)] | None = (
+        None  # of silence of all ranks in a step; None: by how long steps take, 30 at least
+    )
+    on_failure: str | None = None  # shell commands, with REGROWTH_RUN and REGROWTH_MESSAGE set: when the run is given up
+    on_end: str | None = None  # when it is finished
+
+
 class RunConfig(Settings):
     """Everything a run is."""
 
@@ -118,6 +131,7 @@ class RunConfig(Settings):
     safety: SafetyConfig = SafetyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _rooms_fit_together(self) -> "RunConfig":

@@ -15,7 +15,7 @@ import torch
 from regrowth import __version__
 from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.errors import RunFailed
+from regrowth.errors import RankLost
 from regrowth.files import exclusive, fingerprint
 from regrowth.parallel.agree import check_same, on_every_rank, on_first_rank
 from regrowth.parallel.heartbeat import explain, record_collectives
@@ -69,7 +69,7 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
                 Trainer(run, config, corpus, device, rank, lambda: stop.asked).run_to_the_end()
             except RuntimeError as error:
                 if told := explain(folder / "logs", error, rank):
-                    raise RunFailed(f"{folder}: {told}") from error
+                    raise RankLost(f"{folder}: {told}") from error
                 raise
 
 

@@ -269,6 +269,7 @@ class Trainer:
         before = self.session.model_config
         self._evaluate(step, self.config.evaluation.sequences_per_domain)
         self._save(step, wait=True)
+        self.heart.beat(step, "growth")
         source, target = checkpoint_path(self.run.path, step), checkpoint_path(self.run.path, step, grown=True)
         with patience(self.config.run.timeout_seconds):
             on_first_rank(lambda: _grow_again(source, target, event))
@@ -298,8 +299,10 @@ class Trainer:
         self.saving.save(step, self.session, self.guard.state_dict(), wait)
 
     def _evaluate(self, step: int, per_domain: int, final: bool = False, note: str = "") -> None:
+        self.heart.beat(step, "evaluation")
         batch = heldout(self.corpus, self.config.loader.sequence_length, per_domain)
-        self.records.evaluation(step, evaluate(self.session.engine, batch, self.corpus, self.device), final, note)
+        scores = evaluate(self.session.engine, batch, self.corpus, self.device, lambda done, of: self.heart.beat(step, "evaluation"))
+        self.records.evaluation(step, scores, final, note)
 
 
 def _grow_again(source: Path, target: Path, plan: GrowthPlan) -> None:

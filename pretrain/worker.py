@@ -6,11 +6,12 @@ An error is left as a letter in `logs/rank-N.error`, for the launcher to show; t
 import faulthandler
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
-from regrowth.errors import RegrowthError
+from regrowth.errors import RankLost, RegrowthError
 
 
 def _die_with_the_launcher() -> None:
@@ -18,11 +19,15 @@ def _die_with_the_launcher() -> None:
     launcher = os.environ.get("REGROWTH_LAUNCHER")
     if launcher and sys.platform == "linux":
         import ctypes
-        import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(launcher):
             sys.exit(1)
+
+
+def _may_not_come_again(error: BaseException) -> bool:
+    """What devices, networks and disks raise, as against what is wrong in code."""
+    return isinstance(error, (RuntimeError, OSError)) and not isinstance(error, NotImplementedError)
 
 
 def main() -> int:
@@ -32,24 +37,26 @@ def main() -> int:
     letter.parent.mkdir(parents=True, exist_ok=True)
     letter.unlink(missing_ok=True)
     _die_with_the_launcher()
+    mendable = False  # by starting again
     try:
         from regrowth.pretrain.train import train
 
         train(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return 0
     except RegrowthError as error:
-        code, message = error.exit_code, str(error)
+        code, message, mendable = error.exit_code, str(error), isinstance(error, RankLost)
     except KeyboardInterrupt:
         code, message = 75, f"{folder}: interrupted; resume with: regrowth train --resume {folder}"
     except BaseException as error:
-        code, message = 1, f"{type(error).__name__}: {error}"
+        code, message, mendable = 1, f"{type(error).__name__}: {error}", _may_not_come_again(error)
     traceback.print_exc()
-    letter.write_text(json.dumps({"exit_code": code, "message": message}), encoding="utf-8")
+    letter.write_text(json.dumps({"exit_code": code, "message": message, "mendable": mendable}), encoding="utf-8")
     return code
 
 
 if __name__ == "__main__":
     faulthandler.enable()  # a crash in native code leaves its Python stack in the rank's log
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # and a launcher that finds it hanging asks for the same
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

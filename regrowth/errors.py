@@ -21,6 +21,10 @@ class RunFailed(RegrowthError):
     exit_code = 1
 
 
+class RankLost(RunFailed):
+    """A process of the run was killed, hung, or ended for a reason that need not come again: the same run, started again, may well go on."""
+
+
 class UserError(RegrowthError):
     """The input has to change: a key, a value, a path, a file."""
 

@@ -57,7 +57,7 @@ def trunk(name: str) -> str | None:
 
 def config(out: Path, name: str, seed: int) -> RunConfig:
     """The run of a row or a trunk, and a seed."""
-    values = runs.config(out, "scratch", seed).model_dump(exclude_none=True)
+    values = runs.config(out, "scratch", seed).model_dump(exclude_none=True, exclude_unset=True)
     if name in TRUNKS:
         values["run"] |= {"name": f"{name}-{seed}", "steps": TRUNKS[name]}
         return RunConfig.model_validate({**values, "model": BASE, "schedule": {**values["schedule"], "decay_fraction": 0.0}})

@@ -97,7 +97,7 @@ def config(out: Path, name: str, seed: int) -> RunConfig:
     """The run of a row or a trunk, and a seed."""
     if name in TRUNKS:
         model, steps = TRUNKS[name]
-        values = config(out, "scratch", seed).model_dump(exclude_none=True)
+        values = config(out, "scratch", seed).model_dump(exclude_none=True, exclude_unset=True)
         values["run"] |= {"name": f"{name}-{seed}", "steps": steps}
         return RunConfig.model_validate({**values, "model": model, "schedule": {**values["schedule"], "decay_fraction": 0.0}})
     row, (base, steps) = ROWS[name], steps_of(name)

@@ -59,8 +59,8 @@ def regression(weights: np.ndarray, losses: np.ndarray) -> Any:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation."""
-    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(x)) for x in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def interval(a: np.ndarray, b: np.ndarray) -> list[float]:

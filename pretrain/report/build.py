@@ -15,6 +15,7 @@ from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.lineage import read_lineage
 from regrowth.pretrain.report.chart import Chart, Points, smooth, thin
 from regrowth.pretrain.report.lineage_graph import lineage_svg
+from regrowth.pretrain.report.uptime import uptime
 from regrowth.pretrain.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
@@ -43,6 +44,7 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
         events=[_event(event) for event in events if event["event"] != "checkpoint"],
         lineage=lineage.lines() if lineage else [],
         lineage_graph=lineage_svg(lineage) if lineage else "",
+        uptime=_uptime(metrics, events),
         plan=_plan(prediction, metrics),
         plan_note=_plan_note(run.plan(config)),
         sample=read_json(run.path / "sample.json") if (run.path / "sample.json").exists() else None,
@@ -85,9 +87,27 @@ def _cards(metrics: Rows, evaluations: Rows, baseline: dict[str, Any], lineage: 
     return cards
 
 
+def _uptime(metrics: Rows, events: Rows) -> list[dict[str, str]]:
+    told = uptime(metrics, events)
+    if told is None:
+        return []
+    parts = [("steps that count (goodput)", told.steps), ("steps done again after failures", told.again)]
+    parts += [(f"from there to the start anew: {cause}", seconds) for cause, seconds in sorted(told.down.items())]
+    rest = max(0.0, told.life - sum(seconds for _, seconds in parts))
+    parts.append(("start-up, evaluations, checkpoints", rest))
+    rows = [
+        {"what": what, "seconds": f"{s:,.0f}", "share": f"{s / told.life:.1%}" if told.life else "–"}
+        for what, s in parts
+        if s or what[0] == "s"
+    ]
+    return [*rows, {"what": "failures", "seconds": str(told.failures), "share": ""}]
+
+
 def _charts(metrics: Rows, evaluations: Rows, events: Rows) -> list[Chart]:
     marks = [
-        (float(e["step"]), _short(e)) for e in events if e["event"] in ("growth", "precision", "resumed", "skipped step") and e.get("step")
+        (float(e["step"]), _short(e))
+        for e in events
+        if e["event"] in ("growth", "precision", "failed", "resumed", "skipped step") and e.get("step")
     ]
     seen: set[tuple[float, str]] = set()
     marks = [m for m in marks if not (m in seen or seen.add(m))][:12]

@@ -23,7 +23,7 @@ PLANS = {
     "ep": {"dp_shard": 4, "ep": 2},
     "dp_shard tp pp": {"dp_shard": 2, "tp": 2, "pp": 2},
 }
-WAYS = [("tied", "pp v", "dp_shard tp"), ("moe_sigmoid", "ep", "tp"), ("tied", "dp_shard tp", "pp")]
+WAYS = [("moe_sigmoid", "ep", "tp"), ("tied", "dp_shard tp", "pp")]
 LONG = [("tied", a, b) for a in PLANS for b in PLANS if a != "ep" and b != "ep" and a != b and ("tied", a, b) not in WAYS]
 LONG.append(("moe_sigmoid", "cp pp", "ep"))
 

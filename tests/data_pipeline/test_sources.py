@@ -129,6 +129,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
         TextFiles(TextSource(kind="text", path=str(tmp_path))).items(TARGET)
 
 
+@pytest.mark.slow
 def test_the_installation_gives_three_domains_of_real_text_and_no_docstring_twice() -> None:
     source = InstalledText(InstalledSource(kind="installed", max_megabytes=1.0))
     documents = [d for d in read_all(source) if not d.dropped]

@@ -40,21 +40,58 @@ def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_kill_nine_of_a_worker_is_told_and_the_run_goes_on_bit_for_bit(
+def test_after_kill_nine_of_a_worker_the_run_goes_on_by_itself_bit_for_bit(
     rank: int, undisturbed: list[float], documents: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 12, launcher)
     os.kill(workers(launcher)[rank], signal.SIGKILL)
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 0 and "Starting again" in output and "Traceback" not in output, output
+    run = only_run(tmp_path)
+    assert losses(run) == undisturbed
+    (failed,) = [e for e in run.rows("events") if e["event"] == "failed"]
+    assert f"rank {rank} was killed" in failed["reason"] and failed["lost_steps"] <= 5 + 1
+    assert any(e["event"] == "resumed" and e["step"] >= 10 for e in run.rows("events"))
+
+
+def test_a_run_that_is_lost_again_and_again_is_given_up(documents: Path, tmp_path: Path) -> None:
+    supervision = {
+        "restarts": 1,
+        "backoff_seconds": 0.1,
+        "on_failure": f'echo "$REGROWTH_MESSAGE" > {tmp_path}/told; echo no paper >&2; exit 3',
+    }
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, parallel={"micro_batch": 4},
+                          checkpoint={"every": 100_000}, supervision=supervision)  # fmt: skip
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 3, launcher)
+    first = workers(launcher)[0]
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: workers(launcher).get(0, first) != first, launcher)
+    os.kill(workers(launcher)[0], signal.SIGKILL)
     output = launcher.communicate(timeout=60)[0]
     letter = one_letter(output)
-    assert launcher.returncode == 1 and f"rank {rank} was killed" in letter and "regrowth train --resume" in letter
+    assert launcher.returncode == 1 and "rank 0 was killed" in letter and "2 times in a row" in letter
     run = only_run(tmp_path)
-    done = regrowth("train", "--resume", run.path)
-    assert done.returncode == 0, done.stderr
+    assert [e["event"] for e in run.rows("events")].count("failed") == 2
+    assert "rank 0 was killed" in (tmp_path / "told").read_text()
+    assert "exit code 3: no paper" in output
+
+
+def test_ranks_that_hang_are_found_and_started_again(undisturbed: list[float], documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, supervision={"hang_seconds": 4.0}, **TWO)
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 12, launcher)
+    os.kill(workers(launcher)[1], signal.SIGSTOP)
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 0, output
+    run = only_run(tmp_path)
     assert losses(run) == undisturbed
-    assert any(e["event"] == "resumed" and e["step"] >= 10 for e in run.rows("events"))
+    (failed,) = [e for e in run.rows("events") if e["event"] == "failed"]
+    assert "hung: no rank did anything for" in failed["reason"] and "rank 1 is in state T (stopped)" in failed["reason"]
+    log = (run.path / "logs/rank-0.log").read_text()
+    assert "forward_backward" in log.partition("-- found hanging")[0] and "wchan: " in log, "where rank 0 waited"
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(undisturbed: list[float], documents: Path, tmp_path: Path) -> None:

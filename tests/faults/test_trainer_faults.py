@@ -28,7 +28,8 @@ from tests.pretrain.helpers import Ranks, go, losses, new_run
     "plan", [{"tp": 2, "micro_batch": 4}, *(pytest.param(p, marks=pytest.mark.slow) for p in ({"dp_shard": 2, "micro_batch": 4}, {"pp": 2, "micro_batch": 4}))], ids=str
 )  # fmt: skip
 def test_a_rank_that_hangs_is_named_by_those_who_waited(plan: dict, documents: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "timeout_seconds": 6}, parallel=plan)
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000, "timeout_seconds": 6}, parallel=plan,
+                          supervision={"restarts": 0})  # fmt: skip
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 3, launcher)
     stopped = workers(launcher)[1]
@@ -180,7 +181,8 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_and_
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(documents: Path, tmp_path: Path) -> None:
     """Killed as soon as a half-written checkpoint is seen on disk."""
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, checkpoint={"every": 3, "keep": 2})
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, checkpoint={"every": 3, "keep": 2},
+                          supervision={"restarts": 0})  # fmt: skip
     launcher = start("train", config)
     wait_for(lambda: steps_done(tmp_path) > 10, launcher)
     run = only_run(tmp_path)
@@ -242,6 +244,7 @@ train.train(run.path, prepare(config.data).folder)
     assert done.stderr.strip().endswith("UserError: the grown model does not fit"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_a_step_goes(documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 8}, parallel={"dp_shard": 2, "micro_batch": 4})
     done = regrowth("train", config, "--profile")

@@ -94,6 +94,7 @@ def test_mpi_ranks_make_the_same_corpus(source: Path, local: Corpus, tmp_path: P
     assert done.returncode != 0 and "nowhere: there is no such file" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_slurm_arrays_make_the_same_corpus_through_a_killed_task(cluster: Path, source: Path, local: Corpus, tmp_path: Path) -> None:
     path = recipe(tmp_path, source)
     options = ["data.executor.minutes=5", "data.executor.partition=ci", "data.executor.throttle=2", "data.workers=3"]

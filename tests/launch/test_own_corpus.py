@@ -21,6 +21,7 @@ def write(path: Path, folder: Path, **sections: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_corpus_from_an_address_as_from_a_folder(
     s3: Any, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

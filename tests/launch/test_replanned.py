@@ -7,6 +7,7 @@ import pytest
 from tests.launch.helpers import only_run, regrowth, write_config
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_the_ranks_that_the_grown_model_needs(documents: Path, tmp_path: Path) -> None:
     growth = [{"at_step": 2, "operators": [{"op": "stack"}], "parallel": {"dp_shard": 2}}]
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, growth=growth)

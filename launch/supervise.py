@@ -1,0 +1,108 @@
+"""A run that is started again when a rank is lost: with a limit, a back-off, and every failure and what it cost in the run's events.
+
+What a new start cannot mend (the config, a full disk, a loss that is not finite) is told at once. Everything else is: from the newest checkpoint, in the same job.
+"""
+
+import os
+import subprocess
+import time
+
+from rich.console import Console
+
+from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped
+from regrowth.launch.hanging import Hanging
+from regrowth.launch.local import run_local
+from regrowth.launch.watch import Watch
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.run_folder import RunFolder
+
+_COMMAND_SECONDS = 60.0  # that a user's command may take
+
+
+def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) -> None:
+    """Run all ranks to the run's end, with as many starts as it takes.
+
+    Args:
+        corpus: its folder or address.
+
+    Raises:
+        Stopped: on request.
+        RankLost: again and again, without a checkpoint in between.
+        RunFailed, UserError: what no new start mends.
+    """
+    settings, lost_in_a_row, reached = config.supervision, 0, _newest(run)
+    try:
+        while True:
+            try:
+                _start_once(run, config, corpus, console)
+                break
+            except Stopped:
+                if not run.replanned:  # then other ranks go on
+                    raise
+            except RankLost as loss:
+                if (now := _newest(run)) > reached:
+                    lost_in_a_row, reached = 0, now
+                lost_in_a_row += 1
+                _note_loss(run, str(loss), now)
+                if lost_in_a_row > settings.restarts:
+                    raise (_given_up(loss, lost_in_a_row) if settings.restarts else loss) from None
+                _wait(run, loss, min(settings.backoff_seconds * 2 ** (lost_in_a_row - 1), settings.backoff_limit_seconds), console)
+    except RegrowthError as error:
+        if not isinstance(error, Stopped):
+            _tell(settings.on_failure, run, str(error), console)
+        raise
+    _tell(settings.on_end, run, f"{run.path}: finished.", console)
+
+
+def _start_once(run: RunFolder, config: RunConfig, corpus: str, console: Console) -> None:
+    ranks = run.plan().world_size
+    if run.replanned:
+        run.log("events", {"event": "ranks started", "time": time.time(), "ranks": ranks})
+    watch = Watch(run.path, config.run.steps, console)
+    try:
+        run_local(run.path, corpus, ranks, watch, Hanging(run.path, config))
+    finally:
+        watch.close()
+
+
+def _newest(run: RunFolder) -> int:
+    """The step of the newest checkpoint, -1 without one."""
+    return max((int(path.parent.name.split("-")[1]) for path in run.path.glob("checkpoints/step-*/manifest.json")), default=-1)
+
+
+def _note_loss(run: RunFolder, letter: str, checkpoint: int) -> None:
+    """Write down what failed, and which work has to be done again."""
+    again = [row for row in run.rows("metrics") if row["step"] >= checkpoint]
+    event = {"event": "failed", "time": time.time(), "step": again[-1]["step"] + 1 if again else max(checkpoint, 0)}
+    run.log("events", {**event, "reason": letter, "lost_steps": len(again), "lost_seconds": sum(row["seconds"] for row in again)})
+
+
+def _wait(run: RunFolder, loss: RankLost, seconds: float, console: Console) -> None:
+    told = str(loss).partition(" The newest checkpoint stands")[0]
+    console.print(f"{told} Starting again in {seconds:.0f} s.", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        raise Stopped(f"{run.path}: stopped between two starts. Go on with: regrowth train --resume {run.path}") from loss
+
+
+def _given_up(loss: RankLost, times: int) -> RunFailed:
+    return RunFailed(
+        f"{str(loss).rstrip()} It was lost {times} times in a row without a new checkpoint in between, and is not started again "
+        "(supervision.restarts); the run's events.jsonl tells of each."
+    )
+
+
+def _tell(command: str | None, run: RunFolder, message: str, console: Console) -> None:
+    """Run a command of the user's; whatever comes of it, the run's own outcome stands."""
+    if not command:
+        return
+    environment = {**os.environ, "REGROWTH_RUN": str(run.path.resolve()), "REGROWTH_MESSAGE": message}
+    try:
+        done = subprocess.run(command, shell=True, env=environment, timeout=_COMMAND_SECONDS, capture_output=True, text=True)
+        outcome = "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+    except subprocess.TimeoutExpired:
+        outcome = f"not done after {_COMMAND_SECONDS:.0f} s, and ended"
+    if outcome:
+        console.print(f"note: supervision's command `{command}`: {outcome}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    run.log("events", {"event": "command run", "time": time.time(), "command": command, "outcome": outcome or "done"})
