@@ -5,12 +5,11 @@ output channel of a weight. scale = amax / format.max, so the largest value of e
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.distributed as dist
-
-from regrowth.kernels.formats import FORMATS, round_to
+if TYPE_CHECKING:  # whoever only reads configs, as launchers do, does without torch, which takes seconds to import
+    import torch
+    import torch.distributed as dist
 
 Granularity = Literal["tensor", "row", "block"]
 
@@ -23,8 +22,8 @@ class AmaxGroups:
     block never straddles a cut.
     """
 
-    row: dist.ProcessGroup | None = None  # those that cut the last (contracted) dim
-    tensor: dist.ProcessGroup | None = None  # those that cut any dim
+    row: "dist.ProcessGroup | None" = None  # those that cut the last (contracted) dim
+    tensor: "dist.ProcessGroup | None" = None  # those that cut any dim
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,14 @@ class Quantizer:
     granularity: Granularity = "row"
     block: int = 128  # values per scale, for granularity "block"
 
-    def scales(self, x: torch.Tensor, groups: "AmaxGroups | None" = None) -> torch.Tensor:
+    def scales(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
         """fp32 scales, broadcastable against x grouped as in `_grouped`.
 
         Args:
             x: [..., n] fp32; a slice of an operand, if `groups` says so.
         """
+        from regrowth.kernels.formats import FORMATS
+
         assert self.format is not None
         grouped = _grouped(x, self)
         if grouped.numel() == 0:  # an expert without tokens: its ranks' slices may have some
@@ -52,22 +53,26 @@ class Quantizer:
             amax = grouped.abs().amax() if self.granularity == "tensor" else grouped.abs().amax(dim=-1, keepdim=True)
         group = None if groups is None else {"tensor": groups.tensor, "row": groups.row, "block": None}[self.granularity]
         if group is not None:
+            import torch.distributed as dist
+
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
         scale = amax.float() / FORMATS[self.format].max
-        return torch.where(scale > 0, scale, torch.ones_like(scale))
+        return scale.where(scale > 0, 1.0)
 
-    def quantize(self, x: torch.Tensor, groups: "AmaxGroups | None" = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
         """(values of the format held in fp32, scales); their product is `emulate(x)`.
 
         Raises:
             ValueError: granularity "block" and the last dim is not a multiple of the block.
         """
+        from regrowth.kernels.formats import FORMATS, round_to
+
         assert self.format is not None
         scale = self.scales(x, groups)
         grouped = _grouped(x.float(), self)
         return round_to(grouped / scale, FORMATS[self.format]).reshape(x.shape), scale
 
-    def emulate(self, x: torch.Tensor, groups: "AmaxGroups | None" = None) -> torch.Tensor:
+    def emulate(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
         """Round x to the format and scale back: an fp32 tensor of x's shape whose values the narrow format can hold."""
         if self.format is None:
             return x
@@ -75,7 +80,7 @@ class Quantizer:
         return _grouped(values, self).mul_(scale).reshape(x.shape)
 
 
-def _grouped(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+def _grouped(x: "torch.Tensor", quantizer: Quantizer) -> "torch.Tensor":
     if quantizer.granularity != "block":
         return x
     if x.shape[-1] % quantizer.block:

@@ -14,6 +14,7 @@ from regrowth.parallel.heartbeat import Beat, beats
 from regrowth.pretrain.config import RunConfig
 
 _LEAST_SECONDS, _LEAST_COMPILED, _TIMES = 30.0, 300.0, 5.0  # with compilation, a step of a new shape takes minutes
+_LOOKING = 2.0  # looking once a second and taking the stacks, so that a hang is told within the limit
 _AFTER_THEIR_OWN = 10.0  # seconds for ranks that gave up by themselves to say for whom they waited, which tells more
 _SETTLED = 10  # steps after a start or a growth from which on their times say what is usual
 
@@ -65,4 +66,4 @@ class Hanging:
         if self.config.supervision.hang_seconds:
             return self.config.supervision.hang_seconds
         least = _LEAST_COMPILED if self.config.parallel.compile else _LEAST_SECONDS
-        return min(most, max(least, _TIMES * float(np.percentile(self.seconds, 99))))
+        return min(most, max(least, _TIMES * float(np.percentile(self.seconds, 99))) - _LOOKING)

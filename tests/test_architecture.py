@@ -106,3 +106,11 @@ def test_only_regrowth_is_importable_and_recipes_ship(tmp_path: Path) -> None:
     code = "import importlib.util as u; print([n for n in ('kernels', 'launch', 'parallel', 'pretrain', 'configs') if u.find_spec(n)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_launchers_and_configs_do_without_torch() -> None:
+    """It takes seconds to import, each of them before the first rank starts."""
+    modules = "regrowth.launch.main, regrowth.launch.supervise, regrowth.launch.data, regrowth.data_pipeline.corpora"
+    program = f"import sys, {modules}; from regrowth.pretrain.config import load_config; load_config('quickstart'); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
