@@ -22,8 +22,8 @@ _SETTLED = 10  # steps after a start or a growth from which on their times say w
 class Hanging:
     """Asked as often as one likes; looks once a second. Returns a sentence if the ranks hang.
 
-    A step's phase may last `supervision.hang_seconds`, by default `max(30 s, 5 x the 99th percentile of steps)`, or `run.timeout_seconds` as long as there are too few of them; a batch of an evaluation and a
-    checkpoint may last `run.timeout_seconds`; a growth as long as it takes.
+    A step's phase may last `supervision.hang_seconds`, by default `max(30 s, 5 x the 99th percentile of steps)`, or `run.timeout_seconds` as long as there are too few of them; a batch of an evaluation, a
+    checkpoint and waiting for data may last `run.timeout_seconds`; a growth, and loading a checkpoint, as long as they take.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
@@ -58,10 +58,10 @@ class Hanging:
     def limit(self, here: list[Beat]) -> float | None:
         """Seconds of silence that are still usual, of ranks at these places; None: any."""
         phases = {beat.phase for beat in here}
-        if "growth" in phases:
+        if phases & {"growth", "loading"}:
             return None
         most = self.config.run.timeout_seconds + _AFTER_THEIR_OWN
-        if phases & {"evaluation", "checkpoint"} or len(self.seconds) < _SETTLED:
+        if phases & {"evaluation", "checkpoint", "data"} or len(self.seconds) < _SETTLED:
             return most
         if self.config.supervision.hang_seconds:
             return self.config.supervision.hang_seconds

@@ -9,8 +9,8 @@ from pathlib import Path
 
 # Signs of a collective that did not come about, in the words of gloo, NCCL and c10d.
 _TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
-# Of a step, in their order; the first three are of the moment before it.
-_PHASES = ("evaluation", "checkpoint", "growth", "data", "forward and backward", "update")
+# Of a step, in their order; the first four are of the moment before it.
+_PHASES = ("loading", "evaluation", "checkpoint", "growth", "data", "forward and backward", "update")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 

@@ -238,6 +238,7 @@ class Trainer:
             self.records.event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
             return step
         rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors_before(step)
+        self.heart.beat(step, "loading")
         self._begin_session(checkpoint)
         self.session.loader.cursors = cursors
         self.guard.load_state_dict({**self.session.trainer_state.get("guard", {}), "in_a_row": 0, "rewinds": rewinds})
