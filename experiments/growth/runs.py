@@ -29,7 +29,7 @@ from regrowth.pretrain.model_config import ModelConfig
 STEPS, TOKENS, LENGTH = 250, 8192, 256  # of scratch; tokens of a step; of a sequence
 DECAY = 0.2  # share of the steps in which the learning rate falls
 SHARE = 0.2  # of all FLOPs that the base takes
-LR = 4e-3
+LR = 2e-3  # the best of RATES for scratch and for stacking (--tune)
 LARGE = {"vocabulary": 2048, "width": 96, "layers": 8, "heads": 4, "kv_heads": 4, "head_dim": 24, "ffn_width": 256}
 HALF_DEEP, QUARTER_DEEP = {**LARGE, "layers": 4}, {**LARGE, "layers": 2}
 HALF_WIDE = {**LARGE, "width": 48, "heads": 2, "kv_heads": 2, "ffn_width": 128}
