@@ -55,6 +55,12 @@ class Hanging:
         )
         return f"hung: no rank did anything for {silent:.0f} s, where {limit:.0f} s are usual at most ({where}{' ...' if len(here) > 4 else ''})."
 
+    @property
+    def stepped(self) -> bool:
+        """Whether this start has done a step."""
+        self.seconds += [row["seconds"] for row in self.steps.new_rows()]
+        return bool(self.seconds) or any(beat != self.old.get(rank) and beat.phase == "growth" for rank, beat in self.known.items())
+
     def limit(self, here: list[Beat]) -> float | None:
         """Seconds of silence that are still usual, of ranks at these places; None: any."""
         phases = {beat.phase for beat in here}

@@ -14,10 +14,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped, UserError
 
 _GRACE_SECONDS = 120.0  # to finish a step and write a checkpoint after a request to stop
+
+
+class RankRaised(RankLost):
+    """A rank was lost by an error of its own, which a new start may mend."""
 
 
 class WorkerFailed(RunFailed):
@@ -29,33 +34,28 @@ class WorkerFailed(RunFailed):
 
 
 def run_local(
-    folder: Path,
-    corpus: str,
-    ranks: int,
-    watch: Callable[[bool], None] | None = None,
-    hung: Callable[[], str | None] = lambda: None,
+    folder: Path, corpus: str, ranks: int, asked: "StopSignals", watch: Callable[[bool], None], hung: Callable[[], str | None]
 ) -> None:
     """Run all ranks of the run in `folder` to their end.
 
     Args:
+        asked: what asks to stop: once for a checkpoint first, twice for at once.
         watch: called about five times a second, with True at the end: shows progress.
         hung: called as often; a sentence if the ranks are found hanging, who are then asked for their stacks and ended.
 
     Raises:
-        Stopped: after Ctrl-C or SIGTERM, once the checkpoint is written.
+        Stopped: on request, once the checkpoint is written.
         RankLost: a rank was killed, hung, or ended for a reason that need not come again.
         WorkerFailed, UserError: the first rank's own letter.
     """
-    show = watch or (lambda finished: None)
     workers = _start(folder, corpus, ranks)
     stopping_since: float | None = None
-    asked = _StopSignals()
     try:
         while True:
             codes = [worker.poll() for worker in workers]
-            show(False)
+            watch(False)
             if all(code == 0 for code in codes):
-                show(True)
+                watch(True)
                 return
             if any(code not in (None, 0) for code in codes):
                 first = {rank for rank, code in enumerate(codes) if code is not None}
@@ -73,13 +73,13 @@ def run_local(
             time.sleep(0.2)
         time.sleep(0.5)  # the other ranks may be writing their own letters
         _end(workers, grace=20.0 if stopping_since is not None or _stopped(folder, ranks) else 3.0)
-        show(True)
+        watch(True)
         codes = [worker.poll() for worker in workers]
         if stopping_since is not None and any(code == -signal.SIGTERM for code in codes):  # asked before they were ready to be
             raise Stopped(f"{folder}: stopped before the first step. Go on with: regrowth train --resume {folder}")
-        raise _letter(folder, codes, first)
+        letter = _letter(folder, codes, first)
+        raise RunFailed(str(letter)) if stopping_since is not None and isinstance(letter, RankLost) else letter  # asked to stop: not again
     finally:
-        asked.restore()
         _end(workers, grace=0.0)
 
 
@@ -195,7 +195,7 @@ def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthE
     if own:
         rank, code, message, mendable = min(own, key=lambda letter: letter[3])  # what no new start mends, before the rest
         told = f"{message} (rank {rank}, log: {folder}/logs/rank-{rank}.log) {resume}"
-        return RankLost(told) if mendable and code == RankLost.exit_code else WorkerFailed(told, code)
+        return RankRaised(told) if mendable and code == RankLost.exit_code else WorkerFailed(told, code)
     # Letters of ranks that lost a neighbour only echo its death: the neighbour was killed from outside.
     silent = [rank for rank in range(len(codes)) if rank not in written]
     if silent and not first.intersection(silent):
@@ -214,21 +214,22 @@ def _is_echo(message: str) -> bool:
     return any(sign in message for sign in signs)
 
 
-class _StopSignals:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
+class StopSignals:
+    """While it is open, SIGINT and SIGTERM are counted instead of died of."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.before = {}
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, self._count)
-            except ValueError:  # not in the main thread: nobody presses Ctrl-C there
-                continue
+            with suppress(ValueError):  # not in the main thread: nobody presses Ctrl-C there
+                self._before[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _count(self, number: int, frame: object) -> None:
         self.count += 1
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped
 from regrowth.launch.hanging import Hanging
-from regrowth.launch.local import run_local
+from regrowth.launch.local import RankRaised, StopSignals, run_local
 from regrowth.launch.watch import Watch
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -30,39 +30,41 @@ def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) 
         RankLost: again and again, without a checkpoint in between.
         RunFailed, UserError: what no new start mends.
     """
-    settings, lost_in_a_row, reached = config.supervision, 0, _newest(run)
     try:
-        while True:
-            try:
-                _start_once(run, config, corpus, console)
-                break
-            except Stopped:
-                if not run.replanned:  # then other ranks go on
-                    raise
-            except RankLost as loss:
-                if (now := _newest(run)) > reached:
-                    lost_in_a_row, reached = 0, now
-                lost_in_a_row += 1
-                _note_loss(run, str(loss), now)
-                if lost_in_a_row > settings.restarts:
-                    raise (_given_up(loss, lost_in_a_row) if settings.restarts else loss) from None
-                _wait(run, loss, min(settings.backoff_seconds * 2 ** (lost_in_a_row - 1), settings.backoff_limit_seconds), console)
+        with StopSignals() as asked:
+            _start_until_done(run, config, corpus, console, asked)
     except RegrowthError as error:
         if not isinstance(error, Stopped):
-            _tell(settings.on_failure, run, str(error), console)
+            _tell(config.supervision.on_failure, run, str(error), console)
         raise
-    _tell(settings.on_end, run, f"{run.path}: finished.", console)
+    _tell(config.supervision.on_end, run, f"{run.path}: finished.", console)
 
 
-def _start_once(run: RunFolder, config: RunConfig, corpus: str, console: Console) -> None:
-    ranks = run.plan().world_size
-    if run.replanned:
-        run.log("events", {"event": "ranks started", "time": time.time(), "ranks": ranks})
-    watch = Watch(run.path, config.run.steps, console)
-    try:
-        run_local(run.path, corpus, ranks, watch, Hanging(run.path, config))
-    finally:
-        watch.close()
+def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: Console, asked: StopSignals) -> None:
+    settings, lost_in_a_row, reached = config.supervision, 0, _newest(run)
+    while True:
+        watch, hanging = Watch(run.path, config.run.steps, console), Hanging(run.path, config)
+        ranks = run.plan().world_size
+        if run.replanned:
+            run.log("events", {"event": "ranks started", "time": time.time(), "ranks": ranks})
+        try:
+            return run_local(run.path, corpus, ranks, asked, watch, hanging)
+        except Stopped:
+            if not run.replanned:  # then other ranks go on
+                raise
+        except RankLost as loss:
+            if (now := _newest(run)) > reached:
+                lost_in_a_row, reached = 0, now
+            lost_in_a_row += 1
+            _note_loss(run, str(loss), now)
+            if isinstance(loss, RankRaised) and not hanging.stepped:  # what is wrong from the start is wrong each time
+                raise
+            if lost_in_a_row > settings.restarts:
+                raise (_given_up(loss, lost_in_a_row) if settings.restarts else loss) from None
+            watch.close()
+            _wait(run, loss, min(settings.backoff_seconds * 2 ** (lost_in_a_row - 1), settings.backoff_limit_seconds), console, asked)
+        finally:
+            watch.close()
 
 
 def _newest(run: RunFolder) -> int:
@@ -77,13 +79,14 @@ def _note_loss(run: RunFolder, letter: str, checkpoint: int) -> None:
     run.log("events", {**event, "reason": letter, "lost_steps": len(again), "lost_seconds": sum(row["seconds"] for row in again)})
 
 
-def _wait(run: RunFolder, loss: RankLost, seconds: float, console: Console) -> None:
+def _wait(run: RunFolder, loss: RankLost, seconds: float, console: Console, asked: StopSignals) -> None:
     told = str(loss).partition(" The newest checkpoint stands")[0]
     console.print(f"{told} Starting again in {seconds:.0f} s.", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    try:
-        time.sleep(seconds)
-    except KeyboardInterrupt:
-        raise Stopped(f"{run.path}: stopped between two starts. Go on with: regrowth train --resume {run.path}") from loss
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if asked.count:
+            raise Stopped(f"{run.path}: stopped between two starts. Go on with: regrowth train --resume {run.path}") from loss
+        time.sleep(0.1)
 
 
 def _given_up(loss: RankLost, times: int) -> RunFailed:

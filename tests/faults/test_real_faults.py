@@ -94,6 +94,29 @@ def test_ranks_that_hang_are_found_and_started_again(undisturbed: list[float], d
     assert "forward_backward" in log.partition("-- found hanging")[0] and "wchan: " in log, "where rank 0 waited"
 
 
+@pytest.mark.slow
+def test_what_is_wrong_from_the_start_is_told_at_once(documents: Path, tmp_path: Path) -> None:
+    """A compiler that does not work, which a rank finds out in its first step."""
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4, "compile_cache": str(tmp_path / "kernels")},
+                          parallel={"micro_batch": 4, "compile": True})  # fmt: skip
+    done = regrowth("train", config, env={**os.environ, "CXX": "/bin/false"})
+    assert done.returncode == 1 and "rank 0, log:" in one_letter(done.stdout + done.stderr)
+    assert "Starting again" not in done.stdout
+    assert [e["event"] for e in only_run(tmp_path).rows("events")].count("failed") == 1
+
+
+def test_who_stops_a_run_between_two_starts_is_heard(documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, parallel={"micro_batch": 4},
+                          supervision={"backoff_seconds": 600.0})  # fmt: skip
+    launcher = start("train", config)
+    wait_for(lambda: steps_done(tmp_path) > 3, launcher)
+    os.kill(workers(launcher)[0], signal.SIGKILL)
+    wait_for(lambda: any(e["event"] == "failed" for e in only_run(tmp_path).rows("events")), launcher)
+    launcher.send_signal(signal.SIGTERM)
+    output = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 75 and "stopped between two starts" in one_letter(output)
+
+
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(undisturbed: list[float], documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
     launcher = start("train", config)
