@@ -172,6 +172,15 @@ def _letters(folder: Path, ranks: int) -> list[tuple[int, int, str, bool]]:
     return found
 
 
+def final_letter(folder: Path) -> RegrowthError | None:
+    """What a rank of the last start has said that no new start mends: a letter to the user, or of what is wrong in the run itself."""
+    ranks = max((int(path.stem.removeprefix("rank-")) + 1 for path in (folder / "logs").glob("rank-*.error")), default=0)
+    for _, code, message, mendable in _letters(folder, ranks):
+        if not mendable and code != Stopped.exit_code and not _is_echo(message):
+            return UserError(message) if code == UserError.exit_code else RunFailed(message)
+    return None
+
+
 def _stopped(folder: Path, ranks: int) -> bool:
     return any(code == Stopped.exit_code for _, code, *_ in _letters(folder, ranks))
 

@@ -435,12 +435,12 @@ def launch_slurm(
         list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
     ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
-    if_replanned: Annotated[bool, typer.Option(help="Only if the run waits for other ranks after a growth.", hidden=True)] = False,
+    at_job_end: Annotated[bool, typer.Option(help="How a job ends itself whose run is not finished.", hidden=True)] = False,
 ) -> None:
     """Submit a run as a Slurm job."""
     from regrowth.launch.slurm import launch as go
 
-    go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only, ranks_per_node, if_replanned)
+    go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only, ranks_per_node, at_job_end)
 
 
 _STOPPED = "What was finished is kept; the same command goes on from there."

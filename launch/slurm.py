@@ -1,5 +1,6 @@
 """Runs as Slurm jobs: one readable batch script from a template, submitted with sbatch. All Slurm of the project is here."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -7,27 +8,32 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from regrowth.data_pipeline.config import ExecutorConfig
 from regrowth.errors import RunFailed, UserError
 
+if TYPE_CHECKING:
+    from regrowth.pretrain.run_folder import RunFolder
+
 _WARN_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
 
 
 def launch(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
-           setup: list[str], print_only: bool, ranks_per_node: int | None = None, if_replanned: bool = False) -> None:  # fmt: skip
+           setup: list[str], print_only: bool, ranks_per_node: int | None = None, at_job_end: bool = False) -> None:  # fmt: skip
     """The `launch slurm` command.
 
     Args:
-        if_replanned: how a job ends itself: do nothing unless `config`, a run's folder, waits for other ranks after a growth.
+        at_job_end: how a job whose run is not finished ends itself: `config` is the run's folder. A run that waits for other ranks after a growth gets a job of its
+            new size; one that was stopped or lost goes into the queue again, under the same number.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     from regrowth.pretrain.run_folder import RunFolder
 
-    if if_replanned and not RunFolder.open(Path(config)).replanned:
+    if at_job_end and not (run := RunFolder.open(Path(config))).replanned:
+        _requeue(run, console)
         return
     script, folder = render(config, overrides, nodes, partition, account, minutes, gpus_per_node, setup, ranks_per_node)
     if print_only:
@@ -35,8 +41,23 @@ def launch(config: str, overrides: list[str], nodes: int, partition: str | None,
         return
     folder.mkdir(parents=True, exist_ok=True)
     console.print(submit(script))
-    if if_replanned:  # a job that fails before it logs anything must not be submitted again for ever
+    if at_job_end:  # a job that fails before it logs anything must not be submitted again for ever
         RunFolder(Path(config)).log("events", {"event": "job submitted", "time": time.time()})
+
+
+def _requeue(run: "RunFolder", console: Console) -> None:
+    from regrowth.launch.supervise import may_go_on, note_requeued
+
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job or not may_go_on(run):
+        return
+    note_requeued(run, job)
+    console.print(f"{run.path}: not finished; job {job} goes into the queue again.")
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RunFailed(
+            f"launch slurm: Slurm does not requeue job {job} ({done.stderr.strip()}). Go on with: regrowth launch slurm {run.path}"
+        )
 
 
 def render(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
@@ -83,6 +104,7 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
         setup=setup,
         python=shlex.quote(sys.executable),
         ranks_per_node=ranks // nodes,
+        restarts=settings.supervision.restarts,
         notes=shlex.quote(str(logs)),
         options=shlex.join(
             [

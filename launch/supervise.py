@@ -11,7 +11,7 @@ from rich.console import Console
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped
 from regrowth.launch.hanging import Hanging
-from regrowth.launch.local import RankRaised, StopSignals, run_local
+from regrowth.launch.local import RankRaised, StopSignals, final_letter, run_local
 from regrowth.launch.watch import Watch
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -40,6 +40,25 @@ def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) 
     _tell(config.supervision.on_end, run, f"{run.path}: finished.", console)
 
 
+def may_go_on(run: RunFolder) -> bool:
+    """Whether a job that has ended before its run should go into the queue again: it was stopped or lost, and not again and again in the same place."""
+    if run.finished or final_letter(run.path):
+        return False
+    here = [event for event in run.rows("events") if event["event"] == "requeued" and event["checkpoint"] == _newest(run)]
+    return len(here) < max(run.config().supervision.restarts, int(_was_stopped(run)))
+
+
+def note_requeued(run: RunFolder, job: str) -> None:
+    """Write down that a job goes into the queue again, and which work has to be done again."""
+    if not _was_stopped(run):
+        note_loss(run, f"{run.path}: job {job} ended before the run; {run.path}/logs and the job's log tell why")
+    run.log("events", {"event": "requeued", "time": time.time(), "job": job, "checkpoint": _newest(run)})
+
+
+def _was_stopped(run: RunFolder) -> bool:
+    return any(event["event"] == "stopped" for event in run.rows("events")[-1:])
+
+
 def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: Console, asked: StopSignals) -> None:
     settings, lost_in_a_row, reached = config.supervision, 0, _newest(run)
     while True:
@@ -56,7 +75,7 @@ def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: C
             if (now := _newest(run)) > reached:
                 lost_in_a_row, reached = 0, now
             lost_in_a_row += 1
-            _note_loss(run, str(loss), now)
+            note_loss(run, str(loss))
             if isinstance(loss, RankRaised) and not hanging.stepped:  # what is wrong from the start is wrong each time
                 raise
             if lost_in_a_row > settings.restarts:
@@ -72,8 +91,9 @@ def _newest(run: RunFolder) -> int:
     return max((int(path.parent.name.split("-")[1]) for path in run.path.glob("checkpoints/step-*/manifest.json")), default=-1)
 
 
-def _note_loss(run: RunFolder, letter: str, checkpoint: int) -> None:
+def note_loss(run: RunFolder, letter: str) -> None:
     """Write down what failed, and which work has to be done again."""
+    checkpoint = _newest(run)
     again = [row for row in run.rows("metrics") if row["step"] >= checkpoint]
     event = {"event": "failed", "time": time.time(), "step": again[-1]["step"] + 1 if again else max(checkpoint, 0)}
     run.log("events", {**event, "reason": letter, "lost_steps": len(again), "lost_seconds": sum(row["seconds"] for row in again)})

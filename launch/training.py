@@ -45,7 +45,9 @@ def train(config: str | None, overrides: list[str], resume: Path | None, dry_run
         show_dry_run(settings)
         return
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "REGROWTH_LAUNCHER" not in os.environ:
-        _be_one_rank(settings, run)
+        from regrowth.launch.one_rank import be_one_rank
+
+        be_one_rank(settings, run)
         return
     run_training(settings, Console(), run)
 
@@ -105,32 +107,6 @@ def _note_spare_vocabulary(config: "RunConfig", place: str, console: Console) ->
         )
 
 
-def _be_one_rank(config: "RunConfig", run: "RunFolder | None") -> None:
-    """Started by torchrun: rank 0 prepares data and folder, then all train."""
-    from regrowth.parallel.agree import on_first_rank
-    from regrowth.parallel.mesh import choose_device, process_group
-    from regrowth.pretrain.run_folder import RunFolder
-    from regrowth.pretrain.train import train as train_rank
-
-    def set_up() -> tuple[Path, str]:
-        place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
-        folder = run or RunFolder.create(config)
-        if run is None:
-            write_json(folder.path / "data.json", {"corpus": place})
-        if job := os.environ.get("SLURM_JOB_ID"):  # for the job's own script, which the run may outlive
-            write_text(config.run.folder / "slurm" / f"job-{job}.run", str(folder.path.resolve()))
-        return folder.path, place
-
-    try:
-        (run.plan(config) if run else config.parallel).check_world(int(os.environ["WORLD_SIZE"]))
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-    # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
-    with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
-        folder, place = on_first_rank(set_up)
-        train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def corpus_of(run: "RunFolder") -> str:
     """The folder or address of the corpus that a run reads.
 
@@ -162,7 +138,6 @@ def tokenizer_of(run: "RunFolder") -> "Tokenizer":
 
 def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     """Write changed settings into the run, with the change logged."""
-    from regrowth.files import write_text
     from regrowth.settings import to_toml
 
     before = run.config()

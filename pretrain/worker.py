@@ -30,28 +30,37 @@ def _may_not_come_again(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and not isinstance(error, NotImplementedError)
 
 
+def letter_of(folder: Path) -> Path:
+    """Where this rank leaves its letter; one of an earlier start is removed by whoever begins."""
+    path = folder / "logs" / f"rank-{os.environ.get('RANK', '0')}.error"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def leave_letter(folder: Path, error: BaseException) -> int:
+    """Write down why this rank ends, for whoever started it; returns the exit code."""
+    code, message, mendable = 1, f"{type(error).__name__}: {error}", _may_not_come_again(error)  # mendable: by starting again
+    if isinstance(error, RegrowthError):
+        code, message, mendable = error.exit_code, str(error), isinstance(error, RankLost)
+    elif isinstance(error, KeyboardInterrupt):
+        code, message, mendable = 75, f"{folder}: interrupted; resume with: regrowth train --resume {folder}", False
+    letter_of(folder).write_text(json.dumps({"exit_code": code, "message": message, "mendable": mendable}), encoding="utf-8")
+    return code
+
+
 def main() -> int:
     """Returns the exit code."""
     folder, corpus = Path(sys.argv[1]), sys.argv[2]  # a corpus may be an address
-    letter = folder / "logs" / f"rank-{os.environ.get('RANK', '0')}.error"
-    letter.parent.mkdir(parents=True, exist_ok=True)
-    letter.unlink(missing_ok=True)
+    letter_of(folder).unlink(missing_ok=True)
     _die_with_the_launcher()
-    mendable = False  # by starting again
     try:
         from regrowth.pretrain.train import train
 
         train(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return 0
-    except RegrowthError as error:
-        code, message, mendable = error.exit_code, str(error), isinstance(error, RankLost)
-    except KeyboardInterrupt:
-        code, message = 75, f"{folder}: interrupted; resume with: regrowth train --resume {folder}"
     except BaseException as error:
-        code, message, mendable = 1, f"{type(error).__name__}: {error}", _may_not_come_again(error)
-    traceback.print_exc()
-    letter.write_text(json.dumps({"exit_code": code, "message": message, "mendable": mendable}), encoding="utf-8")
-    return code
+        traceback.print_exc()
+        return leave_letter(folder, error)
 
 
 if __name__ == "__main__":

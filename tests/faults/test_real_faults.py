@@ -100,7 +100,7 @@ def test_what_is_wrong_from_the_start_is_told_at_once(documents: Path, tmp_path:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4, "compile_cache": str(tmp_path / "kernels")},
                           parallel={"micro_batch": 4, "compile": True})  # fmt: skip
     done = regrowth("train", config, env={**os.environ, "CXX": "/bin/false"})
-    assert done.returncode == 1 and "rank 0, log:" in one_letter(done.stdout + done.stderr)
+    assert done.returncode == 1 and "InvalidCxxCompiler" in one_letter(done.stdout + done.stderr)
     assert "Starting again" not in done.stdout
     assert [e["event"] for e in only_run(tmp_path).rows("events")].count("failed") == 1
 

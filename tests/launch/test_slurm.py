@@ -1,15 +1,20 @@
 """Slurm: the script is right on paper for every name, and runs on a real (virtual) cluster where there is one."""
 
+import os
 import shlex
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from regrowth.errors import UserError
 from regrowth.launch.slurm import render, submit
-from tests.launch.helpers import only_run, write_config
+from regrowth.pretrain.run_folder import RunFolder
+from tests.launch.helpers import only_run, steps_done, wait_for, write_config
 
 
 def script(config: str = "quickstart", overrides: list[str] | None = None, **options) -> str:  # type: ignore[no-untyped-def]
@@ -97,6 +102,58 @@ def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: Path,
     assert "Submitted batch job" in told and len(list(logs.glob("slurm-*.log"))) == 2, told
     nodes = subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True, timeout=20).stdout
     assert "NumNodes=1" in nodes and "NumNodes=2" in nodes, nodes
+
+
+def submitted(config: Path, minutes: int) -> tuple[str, Path]:
+    """(the number of a job of two nodes, where its logs are)."""
+    setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
+    text, logs = render(str(config), [], nodes=2, partition="ci", account=None, minutes=minutes, gpus_per_node=0, setup=setup)
+    logs.mkdir(parents=True, exist_ok=True)
+    return submit(text).split()[-1], logs
+
+
+def happened(folder: Path, event: str) -> list[dict[str, Any]]:
+    """The events of a kind of the one run, which may not be there yet."""
+    return [e for e in only_run(folder).rows("events") if e["event"] == event] if list((folder / "runs").glob("*_*/events.jsonl")) else []
+
+
+def ranks_on_this_host(run: RunFolder) -> list[int]:
+    """The processes that write the logs of a run."""
+    beats = {str(path.resolve()) for path in (run.path / "logs").glob("rank-*.beat")}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found += [int(process.name) for fd in (process / "fd").iterdir() if str(fd.readlink()) in beats]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_lost_rank_is_started_again_in_the_same_job(which: int, cluster: Path, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, parallel={"dp_shard": 2, "micro_batch": 2},
+                          checkpoint={"every": 5})  # fmt: skip
+    _, logs = submitted(config, minutes=5)
+    wait_for(lambda: steps_done(tmp_path) > 12, seconds=120)
+    os.kill(sorted(ranks_on_this_host(only_run(tmp_path)))[which], signal.SIGKILL)
+    wait_for(lambda: only_run(tmp_path).finished, seconds=180)
+    run = only_run(tmp_path)
+    (failed,) = happened(tmp_path, "failed")
+    assert "torchrun started all of them again" in failed["reason"] and failed["lost_steps"] <= 6
+    assert len(run.rows("metrics")) == 60 and happened(tmp_path, "resumed")[-1]["step"] >= 10
+    assert len(list(logs.glob("slurm-*.log"))) == 1
+
+
+@pytest.mark.slow
+def test_a_job_at_its_time_limit_goes_into_the_queue_again_and_takes_its_run_up(cluster: Path, documents: Path, tmp_path: Path) -> None:
+    """A job that is put into the queue again waits two minutes there, by Slurm's own rule."""
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, parallel={"dp_shard": 2, "micro_batch": 2})
+    job, logs = submitted(config, minutes=3)
+    wait_for(lambda: happened(tmp_path, "requeued"), seconds=150)
+    (requeued,), (stopped,) = happened(tmp_path, "requeued"), happened(tmp_path, "stopped")
+    assert requeued["job"] == job and requeued["checkpoint"] == stopped["step"] and not happened(tmp_path, "failed")
+    wait_for(lambda: happened(tmp_path, "resumed") and steps_done(tmp_path) > stopped["step"], seconds=300)
+    subprocess.run(["scancel", job], check=True, timeout=20)
+    assert len(list(logs.glob("slurm-*.log"))) == 1, "the same job, one log"
 
 
 def test_what_slurm_refuses_is_told_in_its_own_words(cluster: Path) -> None:

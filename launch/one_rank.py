@@ -1,0 +1,78 @@
+"""One rank of a run, as torchrun starts it, on its own or in a Slurm job."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from regrowth.errors import UserError
+from regrowth.files import write_json, write_text
+from regrowth.launch.local import final_letter
+from regrowth.launch.supervise import note_loss
+from regrowth.launch.training import corpus_of, own_corpus
+from regrowth.parallel.agree import on_first_rank
+from regrowth.parallel.mesh import choose_device, process_group
+from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.run_folder import RunFolder
+from regrowth.pretrain.train import train as train_rank
+from regrowth.pretrain.worker import leave_letter, letter_of
+
+
+def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
+    """Rank 0 prepares data and folder, then all train.
+
+    Raises:
+        UserError: the plan needs another number of ranks, or what a rank said before torchrun started it again.
+    """
+    # By torchrun, in the same job, whatever it was that ended the ranks.
+    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    run = run or _run_of_this_job(config)
+    if run:
+        config = run.config()
+    if started_again and run:
+        if run.replanned:  # the job's script goes on with it
+            return
+        if last := final_letter(run.path):
+            raise last
+
+    def set_up() -> tuple[Path, str]:
+        place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
+        folder = run or RunFolder.create(config)
+        if run is None:
+            write_json(folder.path / "data.json", {"corpus": place})
+        elif started_again:
+            told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
+            note_loss(folder, told)
+        if note := _note_of_this_job(config):  # for the job's own script, which the run may outlive, and for its next start
+            write_text(note, str(folder.path.resolve()))
+        return folder.path, place
+
+    try:
+        (run.plan(config) if run else config.parallel).check_world(int(os.environ["WORLD_SIZE"]))
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
+    with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
+        folder, place = on_first_rank(set_up)
+        letter_of(folder).unlink(missing_ok=True)
+        try:
+            train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        except BaseException as error:
+            leave_letter(folder, error)
+            raise
+
+
+def _note_of_this_job(config: RunConfig) -> Path | None:
+    """Where a Slurm job notes which run it is; a job that is requeued keeps its number."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return config.run.folder / "slurm" / f"job-{job}.run" if job else None
+
+
+def _run_of_this_job(config: RunConfig) -> RunFolder | None:
+    """The run that this job began before it, or its ranks, were started again."""
+    note = _note_of_this_job(config)
+    again = any(int(os.environ.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if not again or note is None or not note.exists():
+        return None
+    run = RunFolder.open(Path(note.read_text(encoding="utf-8")))
+    return run if run.config().run.name == config.run.name else None  # a job may train one after the other
