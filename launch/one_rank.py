@@ -17,6 +17,8 @@ from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.train import train as train_rank
 from regrowth.pretrain.worker import leave_letter, letter_of
 
+_KNOWN_ENDS = ("stopped", "failed", "requeued")  # what the events say already
+
 
 def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     """Rank 0 prepares data and folder, then all train.
@@ -24,15 +26,16 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     Raises:
         UserError: the plan needs another number of ranks, or what a rank said before torchrun started it again.
     """
-    # By torchrun, in the same job, whatever it was that ended the ranks.
-    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    run = run or _run_of_this_job(config)
+    noted = _run_of_this_job(config)
+    run = run or noted
+    again = bool(run and noted and run.path.resolve() == noted.path.resolve())
     if run:
         config = run.config()
-    if started_again and run:
+    if again and run:
         if run.replanned:  # the job's script goes on with it
             return
-        if last := final_letter(run.path):
+        # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (last := final_letter(run.path)):
             raise last
 
     def set_up() -> tuple[Path, str]:
@@ -40,7 +43,7 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         folder = run or RunFolder.create(config)
         if run is None:
             write_json(folder.path / "data.json", {"corpus": place})
-        elif started_again:
+        elif again and not any(event["event"] in _KNOWN_ENDS for event in run.rows("events")[-1:]):
             told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
             note_loss(folder, told)
         if note := _note_of_this_job(config):  # for the job's own script, which the run may outlive, and for its next start
@@ -69,10 +72,9 @@ def _note_of_this_job(config: RunConfig) -> Path | None:
 
 
 def _run_of_this_job(config: RunConfig) -> RunFolder | None:
-    """The run that this job began before it, or its ranks, were started again."""
+    """The run that this job has begun and not finished, when it or its ranks are started again. A job may train several, one after the other."""
     note = _note_of_this_job(config)
-    again = any(int(os.environ.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if not again or note is None or not note.exists():
+    if note is None or not note.exists():
         return None
     run = RunFolder.open(Path(note.read_text(encoding="utf-8")))
-    return run if run.config().run.name == config.run.name else None  # a job may train one after the other
+    return run if run.config().run.name == config.run.name and not run.finished else None
