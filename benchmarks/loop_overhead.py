@@ -22,6 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from train_step import SHAPES, corpus_for_timing, run_config
 
+from regrowth.parallel.heartbeat import Heartbeat
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.session import prepare_process
 from regrowth.pretrain.trainer import Trainer
@@ -50,7 +51,8 @@ def main() -> None:
         config = run_config(SHAPES["10m"], corpus_for_timing(Path(folder)), batch, 256, torch.get_num_threads())
         prepare_process(config, 1)
         corpus = corpus_for_timing(Path(folder))
-        trainer = Trainer(RunFolder.create(config), config, corpus, torch.device("cpu"), 0, lambda: False)
+        run = RunFolder.create(config)
+        trainer = Trainer(run, config, corpus, torch.device("cpu"), 0, lambda: False, Heartbeat(run.path / "logs", 0, 1))
         spent: dict[str, list[float]] = {}
         timed(trainer.session.engine, "forward_backward", spent)
         timed(trainer.session.engine, "step", spent)

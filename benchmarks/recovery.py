@@ -43,8 +43,17 @@ class Started:
         self.began = time.time()
         command = [sys.executable, "-m", "regrowth", "train", str(folder / "run.toml")]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        self.wait(lambda: list(self.runs.glob("*/metrics.jsonl")))
+        try:
+            self.wait(lambda: list(self.runs.glob("*/metrics.jsonl")))
+        except BaseException:
+            self.end()
+            raise
         self.run = RunFolder(next(self.runs.glob("*/metrics.jsonl")).parent)
+
+    def end(self) -> None:
+        """Stop it, whatever it does."""
+        self.process.terminate()
+        self.process.wait()
 
     def wait(self, condition: Callable[[], Any], seconds: float = 300.0) -> float:
         """Until something is true; returns when."""
@@ -129,8 +138,7 @@ def main() -> None:
             table.add_row("the launcher's share of a core", f"{launcher:.2%}", "")
             table.add_row("a rank's signs, share of a step", f"{signs:.3%}", "0.5%")
         finally:
-            started.process.terminate()
-            started.process.wait()
+            started.end()
     Console(width=110).print(table)
 
 

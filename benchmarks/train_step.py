@@ -31,6 +31,7 @@ from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.mixing.config import StaticMixing
 from regrowth.data_pipeline.prepare import prepare
+from regrowth.parallel.heartbeat import Heartbeat
 from regrowth.pretrain.build import build_model
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.conformance import Shape, made_up_batch
@@ -75,7 +76,8 @@ def ours(corpus: Corpus, batch: int, length: int, threads: int) -> Callable[[], 
     """One step of the trainer, in a process set up as a rank is."""
     config = run_config(SHAPE, corpus, batch, length, threads)
     prepare_process(config, 1)
-    trainer = Trainer(RunFolder.create(config), config, corpus, torch.device("cpu"), 0, lambda: False)
+    run = RunFolder.create(config)
+    trainer = Trainer(run, config, corpus, torch.device("cpu"), 0, lambda: False, Heartbeat(run.path / "logs", 0, 1))
     step = iter(range(1 << 30))
     return lambda: trainer.train_step(next(step))
 

@@ -7,7 +7,7 @@ stopping loses and repeats nothing.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 from regrowth.data_pipeline.batch import Batch
@@ -30,11 +30,14 @@ class Feed(Generic[Prepared]):
         self.loader, self.rank, self.ranks, self.prepare, self.steps = loader, rank, ranks, prepare, steps
         self.ahead = min(loader.config.prefetch, 1) if loader.mixer.learns else loader.config.prefetch
         self.waited = 0.0  # seconds for the last batch
-        self._planned: dict[int, tuple[list[int], Future[Any] | None]] = {}
-        self._pool = ThreadPoolExecutor(1, "batches") if self.ahead else None
+        self._planned: dict[int, tuple[list[int], Future[Any]]] = {}
+        self._pool = ThreadPoolExecutor(1, "batches")
 
-    def take(self, step: int) -> tuple[list[int], Prepared]:
+    def take(self, step: int, waiting: Callable[[float], None] = lambda seconds: None) -> tuple[list[int], Prepared]:
         """The sample ids of a step's global batch, and this rank's share of it, prepared.
+
+        Args:
+            waiting: called with the seconds waited so far, each second until the share is there.
 
         Raises:
             UserError: a shard is damaged, a domain exhausted, a log to follow at its end.
@@ -49,20 +52,21 @@ class Feed(Generic[Prepared]):
                 break
         ids, future = self._planned.pop(step)
         began = time.perf_counter()
-        prepared = future.result() if future else self._build(step, ids)
+        while not wait([future], timeout=1.0).done:
+            waiting(time.perf_counter() - began)
+        prepared = future.result()
         self.waited = time.perf_counter() - began
         return ids, prepared
 
     def close(self) -> None:
         """Forget what was planned and end the thread."""
         self._planned = {}
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, step: int) -> None:
         if step not in self._planned:
             ids = self.loader.plan_step(step)
-            self._planned[step] = ids, self._pool.submit(self._build, step, ids) if self._pool else None
+            self._planned[step] = ids, self._pool.submit(self._build, step, ids)
 
     def _build(self, step: int, ids: list[int]) -> Prepared:
         share = len(ids) // self.ranks

@@ -13,7 +13,8 @@ from regrowth.errors import RegrowthError, RunFailed, UserError
 from regrowth.launch.checkpoints import find_checkpoint, run_of
 from regrowth.launch.training import corpora_of
 from regrowth.mpi import ranks
-from regrowth.pretrain.checkpoint import identity_of, list_checkpoints, read_state, verify
+from regrowth.pretrain.checkpoint import identity_of, read_state, verify
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.evaluate import heldout
 from regrowth.pretrain.growth.average import Kind, average_checkpoints
 from regrowth.pretrain.growth.grow import grow_checkpoint

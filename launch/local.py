@@ -14,15 +14,32 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped, UserError
 
+_SIGNS_OF_A_LOST_NEIGHBOUR = (
+    "Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "DistStoreError", "DistNetworkError"
+)  # fmt: skip
 _GRACE_SECONDS = 120.0  # to finish a step and write a checkpoint after a request to stop
 
 
 class RankRaised(RankLost):
     """A rank was lost by an error of its own, which a new start may mend."""
+
+
+class Letter(NamedTuple):
+    """What a rank left behind about its end."""
+
+    rank: int
+    exit_code: int
+    message: str
+    mendable: bool  # by a new start
+
+    @property
+    def echo(self) -> bool:
+        """Whether it only tells of a neighbour's death."""
+        return any(sign in self.message for sign in _SIGNS_OF_A_LOST_NEIGHBOUR)
 
 
 class WorkerFailed(RunFailed):
@@ -158,15 +175,15 @@ def _resume(folder: Path) -> str:
     return f"The newest checkpoint stands; go on with: regrowth train --resume {folder}"
 
 
-def _letters(folder: Path, ranks: int) -> list[tuple[int, int, str, bool]]:
-    """(rank, exit code, message, whether a new start may mend it) of every rank that left a letter."""
+def _letters(folder: Path, ranks: int) -> list[Letter]:
+    """The letters that ranks left."""
     found = []
     for rank in range(ranks):
         path = folder / "logs" / f"rank-{rank}.error"
         if path.exists():
             try:
                 letter = json.loads(path.read_text(encoding="utf-8"))
-                found.append((rank, int(letter["exit_code"]), str(letter["message"]), bool(letter["mendable"])))
+                found.append(Letter(rank, int(letter["exit_code"]), str(letter["message"]), bool(letter["mendable"])))
             except (ValueError, KeyError):
                 continue
     return found
@@ -175,14 +192,14 @@ def _letters(folder: Path, ranks: int) -> list[tuple[int, int, str, bool]]:
 def final_letter(folder: Path) -> RegrowthError | None:
     """What a rank of the last start has said that no new start mends: a letter to the user, or of what is wrong in the run itself."""
     ranks = max((int(path.stem.removeprefix("rank-")) + 1 for path in (folder / "logs").glob("rank-*.error")), default=0)
-    for _, code, message, mendable in _letters(folder, ranks):
-        if not mendable and code != Stopped.exit_code and not _is_echo(message):
-            return UserError(message) if code == UserError.exit_code else RunFailed(message)
+    for letter in _letters(folder, ranks):
+        if not letter.mendable and letter.exit_code != Stopped.exit_code and not letter.echo:
+            return UserError(letter.message) if letter.exit_code == UserError.exit_code else RunFailed(letter.message)
     return None
 
 
 def _stopped(folder: Path, ranks: int) -> bool:
-    return any(code == Stopped.exit_code for _, code, *_ in _letters(folder, ranks))
+    return any(letter.exit_code == Stopped.exit_code for letter in _letters(folder, ranks))
 
 
 def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthError:
@@ -193,22 +210,21 @@ def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthE
     """
     letters = _letters(folder, len(codes))
     resume = _resume(folder)
-    written = {rank for rank, *_ in letters}
+    written = {letter.rank for letter in letters}
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and rank not in written and code != -signal.SIGKILL:
             return RankLost(f"{folder}: rank {rank} was ended by {signal.Signals(-code).name}. {resume}")
     for kind in (UserError.exit_code, Stopped.exit_code):
-        if chosen := [message for _, code, message, _ in letters if code == kind]:
+        if chosen := [letter.message for letter in letters if letter.exit_code == kind]:
             return Stopped(chosen[0]) if kind == Stopped.exit_code else UserError(chosen[0])
-    own = [letter for letter in letters if not _is_echo(letter[2])]
-    if own:
-        rank, code, message, mendable = min(own, key=lambda letter: letter[3])  # what no new start mends, before the rest
-        told = f"{message} (rank {rank}, log: {folder}/logs/rank-{rank}.log) {resume}"
-        return RankRaised(told) if mendable and code == RankLost.exit_code else WorkerFailed(told, code)
+    if own := [letter for letter in letters if not letter.echo]:
+        letter = min(own, key=lambda letter: letter.mendable)  # what no new start mends, before the rest
+        told = f"{letter.message} (rank {letter.rank}, log: {folder}/logs/rank-{letter.rank}.log) {resume}"
+        return RankRaised(told) if letter.mendable and letter.exit_code == RankLost.exit_code else WorkerFailed(told, letter.exit_code)
     # Letters of ranks that lost a neighbour only echo its death: the neighbour was killed from outside.
     silent = [rank for rank in range(len(codes)) if rank not in written]
     if silent and not first.intersection(silent):
-        echo = letters[0][2] if letters else "no letter was left"
+        echo = letters[0].message if letters else "no letter was left"
         return RankLost(f"{folder}: rank {silent[0]} hung, others lost it, and it was ended ({echo}; logs in {folder}/logs). {resume}")
     who = f"rank {silent[0]}" if silent else "a rank"
     if silent and (code := codes[silent[0]] or 0) > 0:
@@ -216,11 +232,6 @@ def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthE
             f"{folder}: {who} ended with exit code {code} and left no letter; its log is {folder}/logs/rank-{silent[0]}.log. {resume}"
         )
     return RankLost(f"{folder}: {who} was killed (SIGKILL: out of memory, or by hand; its log is in {folder}/logs). {resume}")
-
-
-def _is_echo(message: str) -> bool:
-    signs = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "DistStoreError", "DistNetworkError")
-    return any(sign in message for sign in signs)
 
 
 class StopSignals:

@@ -8,16 +8,14 @@ from rich.console import Console
 from regrowth.errors import UserError
 from regrowth.files import write_json, write_text
 from regrowth.launch.local import final_letter
-from regrowth.launch.supervise import note_loss
+from regrowth.launch.supervise import KNOWN_ENDS, note_loss
 from regrowth.launch.training import corpus_of, own_corpus
 from regrowth.parallel.agree import on_first_rank
 from regrowth.parallel.mesh import choose_device, process_group
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.train import train as train_rank
-from regrowth.pretrain.worker import leave_letter, letter_of
-
-_KNOWN_ENDS = ("stopped", "failed", "requeued")  # what the events say already
+from regrowth.pretrain.worker import leave_letter
 
 
 def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
@@ -43,9 +41,11 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         folder = run or RunFolder.create(config)
         if run is None:
             write_json(folder.path / "data.json", {"corpus": place})
-        elif again and not any(event["event"] in _KNOWN_ENDS for event in run.rows("events")[-1:]):
+        elif again and not run.ended_by(*KNOWN_ENDS):
             told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
             note_loss(folder, told)
+        for letter in folder.path.glob("logs/rank-*.error"):  # of an earlier start, of ranks that this one may not have
+            letter.unlink()
         if note := _note_of_this_job(config):  # for the job's own script, which the run may outlive, and for its next start
             write_text(note, str(folder.path.resolve()))
         return folder.path, place
@@ -57,7 +57,6 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
     with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
         folder, place = on_first_rank(set_up)
-        letter_of(folder).unlink(missing_ok=True)
         try:
             train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         except BaseException as error:

@@ -53,11 +53,13 @@ def _requeue(run: "RunFolder", console: Console) -> None:
         return
     note_requeued(run, job)
     console.print(f"{run.path}: not finished; job {job} goes into the queue again.")
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        raise RunFailed(
-            f"launch slurm: Slurm does not requeue job {job} ({done.stderr.strip()}). Go on with: regrowth launch slurm {run.path}"
-        )
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        refused = done.stderr.strip() if done.returncode else ""
+    except (subprocess.TimeoutExpired, OSError) as error:
+        refused = str(error)
+    if refused:
+        raise RunFailed(f"launch slurm: Slurm does not requeue job {job} ({refused}). Go on with: regrowth launch slurm {run.path}")
 
 
 def render(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,

@@ -17,6 +17,7 @@ from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 
 _COMMAND_SECONDS = 60.0  # that a user's command may take
+KNOWN_ENDS = ("stopped", "failed", "requeued")  # events that say already why a start of the run has ended
 
 
 def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) -> None:
@@ -44,23 +45,19 @@ def may_go_on(run: RunFolder) -> bool:
     """Whether a job that has ended before its run should go into the queue again: it was stopped or lost, and not again and again in the same place."""
     if run.finished or final_letter(run.path):
         return False
-    here = [event for event in run.rows("events") if event["event"] == "requeued" and event["checkpoint"] == _newest(run)]
-    return len(here) < max(run.config().supervision.restarts, int(_was_stopped(run)))
+    here = [event for event in run.rows("events") if event["event"] == "requeued" and event["checkpoint"] == run.checkpointed]
+    return len(here) < max(run.config().supervision.restarts, int(run.ended_by("stopped")))
 
 
 def note_requeued(run: RunFolder, job: str) -> None:
     """Write down that a job goes into the queue again, and which work has to be done again."""
-    if not _was_stopped(run):
+    if not run.ended_by(*KNOWN_ENDS):
         note_loss(run, f"{run.path}: job {job} ended before the run; {run.path}/logs and the job's log tell why")
-    run.log("events", {"event": "requeued", "time": time.time(), "job": job, "checkpoint": _newest(run)})
-
-
-def _was_stopped(run: RunFolder) -> bool:
-    return any(event["event"] == "stopped" for event in run.rows("events")[-1:])
+    run.log("events", {"event": "requeued", "time": time.time(), "job": job, "checkpoint": run.checkpointed})
 
 
 def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: Console, asked: StopSignals) -> None:
-    settings, lost_in_a_row, reached = config.supervision, 0, _newest(run)
+    settings, lost_in_a_row, reached = config.supervision, 0, run.checkpointed
     while True:
         watch, hanging = Watch(run.path, config.run.steps, console), Hanging(run.path, config)
         ranks = run.plan().world_size
@@ -72,7 +69,7 @@ def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: C
             if not run.replanned:  # then other ranks go on
                 raise
         except RankLost as loss:
-            if (now := _newest(run)) > reached:
+            if (now := run.checkpointed) > reached:
                 lost_in_a_row, reached = 0, now
             lost_in_a_row += 1
             note_loss(run, str(loss))
@@ -86,14 +83,9 @@ def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: C
             watch.close()
 
 
-def _newest(run: RunFolder) -> int:
-    """The step of the newest checkpoint, -1 without one."""
-    return max((int(path.parent.name.split("-")[1]) for path in run.path.glob("checkpoints/step-*/manifest.json")), default=-1)
-
-
 def note_loss(run: RunFolder, letter: str) -> None:
     """Write down what failed, and which work has to be done again."""
-    checkpoint = _newest(run)
+    checkpoint = run.checkpointed
     again = [row for row in run.rows("metrics") if row["step"] >= checkpoint]
     event = {"event": "failed", "time": time.time(), "step": again[-1]["step"] + 1 if again else max(checkpoint, 0)}
     run.log("events", {**event, "reason": letter, "lost_steps": len(again), "lost_seconds": sum(row["seconds"] for row in again)})
@@ -105,6 +97,7 @@ def _wait(run: RunFolder, loss: RankLost, seconds: float, console: Console, aske
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if asked.count:
+            run.log("events", {"event": "stopped", "time": time.time(), "step": max(run.checkpointed, 0)})
             raise Stopped(f"{run.path}: stopped between two starts. Go on with: regrowth train --resume {run.path}") from loss
         time.sleep(0.1)
 

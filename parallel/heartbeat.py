@@ -3,15 +3,20 @@
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 # Signs of a collective that did not come about, in the words of gloo, NCCL and c10d.
 _TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
-# Of a step, in their order; the first four are of the moment before it.
-_PHASES = ("loading", "evaluation", "checkpoint", "growth", "data", "forward and backward", "update")
+_PULSE_SECONDS = 1.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+# Of a step, in their order; the first five are of the moment before it.
+Phase = Literal["startup", "loading", "evaluation", "checkpoint", "growth", "data", "forward and backward", "update"]
+PULSED = ("startup", "loading", "growth")  # as long as files are large: while they last, a living process gives its sign again and again
+_PHASES: tuple[str, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,13 @@ class Beat:
 
 
 class Heartbeat:
-    """This rank's sign of life; `beat` costs a write of some bytes."""
+    """This rank's sign of life; `beat` costs a write of some bytes. In a pulsed phase a thread gives it each second, until the next one or `close`."""
 
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._at: tuple[int, Phase] | None = None
+        self._thread: threading.Thread | None = None
+        self._changing = threading.Lock()
         self.rank, self._file = rank, (folder / f"rank-{rank}.beat").open("wb", buffering=0)
         self._host = socket.gethostname()
         if rank == 0:  # of an earlier start with more ranks
@@ -37,8 +45,32 @@ class Heartbeat:
                 if int(path.stem.removeprefix("rank-")) >= world_size:
                     path.unlink(missing_ok=True)
 
-    def beat(self, step: int, phase: str) -> None:
+    def beat(self, step: int, phase: Phase) -> None:
         """Say what this rank begins to do now."""
+        with self._changing:
+            self._at = step, phase
+            self._write()
+            if phase in PULSED and self._thread is None:
+                self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Give no further sign."""
+        with self._changing:
+            self._at = None
+
+    def _pulse(self) -> None:
+        while True:
+            time.sleep(_PULSE_SECONDS)
+            with self._changing:
+                if self._at is None or self._at[1] not in PULSED:
+                    self._thread = None
+                    return
+                self._write()
+
+    def _write(self) -> None:
+        assert self._at is not None
+        step, phase = self._at
         row = json.dumps({"rank": self.rank, "step": step, "phase": phase, "time": time.time(), "host": self._host})
         os.pwrite(self._file.fileno(), row.encode().ljust(256), 0)
 

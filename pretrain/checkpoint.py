@@ -12,7 +12,6 @@ file that differs from it, is refused by name, and the one before is used.
 
 import hashlib
 import json
-import re
 import shutil
 import time
 import warnings
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
 from regrowth.parallel.agree import on_first_rank
+from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.tensor_files import StreamedWriter, TensorFile, sum_of_file
@@ -39,7 +39,6 @@ from regrowth.settings import validate
 
 FORMAT = 2
 _READABLE = (1, 2)  # 1: files of tensors have the sha256 of the whole file, not a sum of sums
-_NAME = re.compile(r"step-(\d+)(-grown)?$")
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,6 @@ class CheckpointState:
     lineage: Lineage
     loader: dict[str, Any]
     trainer: dict[str, Any]  # step, optimizer_steps
-
-
-def checkpoint_path(run: Path, step: int, grown: bool = False) -> Path:
-    """Where the checkpoint of a step goes."""
-    return run / "checkpoints" / f"step-{step:06d}{'-grown' if grown else ''}"
 
 
 def save_checkpoint(
@@ -217,12 +211,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     return read_json(path / "manifest.json")
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first; a grown one comes after the one it was grown from."""
-    found = [(int(m[1]), bool(m[2]), p) for p in (run / "checkpoints").glob("step-*") if (m := _NAME.match(p.name))]
-    return [path for _, _, path in sorted(found)]
-
-
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes `verify`, and the letters about newer ones that were refused."""
     refused = []
@@ -238,7 +226,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
 def newest_before(run: Path, step: int) -> Path | None:
     """The newest whole checkpoint of a step up to and including `step`."""
     for path in reversed(list_checkpoints(run)):
-        if int(path.name.split("-")[1]) <= step:
+        if step_of(path) <= step:
             try:
                 verify(path)
                 return path

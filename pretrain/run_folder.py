@@ -23,6 +23,7 @@ from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import UserError
 from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, read_jsonl, write_json, write_text
 from regrowth.parallel.plan import ParallelPlan
+from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.event import plan_in_force
 from regrowth.pretrain.lineage import read_lineage
@@ -110,16 +111,29 @@ class RunFolder:
     def plan(self, config: RunConfig | None = None) -> ParallelPlan:
         """The parallel plan on which the run goes on, which growths may have changed: as its newest checkpoint's lineage tells."""
         config = config or self.config()
-        found = [path for path in self.path.glob("checkpoints/step-*/lineage.json") if (path.parent / "manifest.json").exists()]
-        if not config.growth or not found:
+        newest = self.newest_checkpoint
+        if not config.growth or newest is None:
             return config.parallel
-        newest = max(found, key=lambda path: (int(path.parent.name.split("-")[1]), path.parent.name)).parent
         return plan_in_force(config.parallel, config.growth, read_lineage(newest))
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was finished; what its files hold is not looked at."""
+        return next((path for path in reversed(list_checkpoints(self.path)) if (path / "manifest.json").exists()), None)
+
+    @property
+    def checkpointed(self) -> int:
+        """The step of the newest checkpoint, -1 without one."""
+        return step_of(newest) if (newest := self.newest_checkpoint) else -1
+
+    def ended_by(self, *names: str) -> bool:
+        """Whether the last thing that happened to the run is one of these events."""
+        return any(row["event"] in names for row in self.rows("events")[-1:])
 
     @property
     def replanned(self) -> bool:
         """Whether the run waits for a launcher to start the ranks that it needs after a growth."""
-        return any(row["event"] == "replanned" for row in self.rows("events")[-1:])
+        return self.ended_by("replanned")
 
     @property
     def finished(self) -> bool:

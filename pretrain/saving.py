@@ -5,7 +5,8 @@ from typing import NoReturn
 from regrowth.errors import RunFailed
 from regrowth.parallel.agree import barrier
 from regrowth.pretrain.background import BackgroundSaver, Saved
-from regrowth.pretrain.checkpoint import checkpoint_path, prune
+from regrowth.pretrain.checkpoint import prune
+from regrowth.pretrain.checkpoint_folders import checkpoint_path
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.records import Records
 from regrowth.pretrain.session import Session

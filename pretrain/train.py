@@ -18,7 +18,7 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import RankLost
 from regrowth.files import exclusive, fingerprint
 from regrowth.parallel.agree import check_same, on_every_rank, on_first_rank
-from regrowth.parallel.heartbeat import explain, record_collectives
+from regrowth.parallel.heartbeat import Heartbeat, explain, record_collectives
 from regrowth.parallel.mesh import choose_device, process_group
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -40,12 +40,13 @@ class StopRequest:
         self.asked = True
 
 
-def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
+def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat | None = None) -> None:
     """Run or resume the run in `folder` until its last step; called on every rank, with the launcher's environment.
 
     Args:
         place: folder or address of the run's corpus.
         ranks_here: ranks on this machine, which share its cores.
+        heart: this rank's, if it has begun to beat already.
 
     Raises:
         Stopped: on request, after a checkpoint; or by a growth, after which the plan needs another number of ranks.
@@ -59,14 +60,17 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1) -> None:
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)
     record_collectives(folder / "logs")
-    with process_group(device, config.run.timeout_seconds) as (rank, _):
+    with process_group(device, config.run.timeout_seconds) as (rank, world_size):
+        heart = heart or Heartbeat(folder / "logs", rank, world_size)
+        heart.beat(0, "startup")
         corpus = on_every_rank(lambda: open_corpora(place, config.loader))
         check_same(identity(config, corpus))
         with ExitStack() as held:
+            held.callback(heart.close)
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
             on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
             try:
-                Trainer(run, config, corpus, device, rank, lambda: stop.asked).run_to_the_end()
+                Trainer(run, config, corpus, device, rank, lambda: stop.asked, heart).run_to_the_end()
             except RuntimeError as error:
                 if told := explain(folder / "logs", error, rank):
                     raise RankLost(f"{folder}: {told}") from error

@@ -19,7 +19,8 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import Exhausted, RegrowthError, RunFailed, Stopped
 from regrowth.parallel.agree import barrier, on_first_rank, patience
 from regrowth.parallel.heartbeat import Heartbeat
-from regrowth.pretrain.checkpoint import checkpoint_path, newest_before, newest_whole, read_state, set_aside
+from regrowth.pretrain.checkpoint import newest_before, newest_whole, read_state, set_aside
+from regrowth.pretrain.checkpoint_folders import checkpoint_path, step_of
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.evaluate import evaluate, heldout
 from regrowth.pretrain.growth.event import GrowthEvent, waiting
@@ -47,10 +48,11 @@ class Trainer:
     """
 
     def __init__(
-        self, run: RunFolder, config: RunConfig, corpus: Corpus, device: torch.device, rank: int, asked_to_stop: Callable[[], bool]
-    ) -> None:
+        self, run: RunFolder, config: RunConfig, corpus: Corpus, device: torch.device, rank: int, asked_to_stop: Callable[[], bool],
+        heart: Heartbeat,
+    ) -> None:  # fmt: skip
         self.run, self.plan, self.corpus = run, PlanKeeper(run, config, device, rank), corpus
-        self.device, self.rank, self.asked_to_stop = device, rank, asked_to_stop
+        self.device, self.rank, self.asked_to_stop, self.heart = device, rank, asked_to_stop, heart
         self.recipe = config.precision.build()
         self.records = Records(run, corpus, device, rank)
         self.guard = StepGuard(config.safety, max([0, *(2 * event.at_plateau.window for event in config.growth if event.at_plateau)]))
@@ -59,7 +61,6 @@ class Trainer:
         with patience(config.run.timeout_seconds):  # checkpoints are read whole, to see that they are
             checkpoint = on_first_rank(self._where_to_start)
         self.plan.follow(checkpoint)
-        self.heart = Heartbeat(run.path / "logs", rank, self.config.parallel.world_size)
         self.session = Session(self.config, corpus, self.plan.mesh, checkpoint)
         self.saving = Saving(self.config, self.records, self.session.step if checkpoint else -1)
         if checkpoint:
@@ -125,7 +126,7 @@ class Trainer:
         for letter in refused:
             self.records.event("checkpoint refused", reason=letter, used=checkpoint.name if checkpoint else "none, from the start")
         set_aside(self.run.path, newer_than=checkpoint)
-        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        step = step_of(checkpoint) if checkpoint else 0
         if self.run.rows("metrics"):
             self.records.event("resumed", step=step, checkpoint=checkpoint.name if checkpoint else None)
         self.run.rewind(step)
@@ -148,7 +149,7 @@ class Trainer:
 
         self.heart.beat(step, "data")
         try:
-            ids, (mine, my_weight, micro_batches) = session.feed.take(step)
+            ids, (mine, my_weight, micro_batches) = session.feed.take(step, lambda waited: self._waiting(step, waited))
         except Exhausted:  # on all ranks alike: what was trained is kept
             self._save(step, wait=True)
             raise
@@ -179,6 +180,11 @@ class Trainer:
             raise Stopped(
                 f"{self.run.path}: stopped at step {step + 1} on request; checkpoint written. Go on with: regrowth train --resume {self.run.path}"
             )
+
+    def _waiting(self, step: int, seconds: float) -> None:
+        """Waiting for data is no hang, up to the time that one waits for anything."""
+        if seconds < self.config.run.timeout_seconds:
+            self.heart.beat(step, "data")
 
     def _account(self, ids: list[int], tokens: int, length: int) -> None:
         """Write what the step consumed into the lineage."""

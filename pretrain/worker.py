@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from regrowth.errors import RankLost, RegrowthError
+from regrowth.parallel.heartbeat import Heartbeat
 
 
 def _die_with_the_launcher() -> None:
@@ -53,10 +54,12 @@ def main() -> int:
     folder, corpus = Path(sys.argv[1]), sys.argv[2]  # a corpus may be an address
     letter_of(folder).unlink(missing_ok=True)
     _die_with_the_launcher()
+    heart = Heartbeat(folder / "logs", int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    heart.beat(0, "startup")
     try:
         from regrowth.pretrain.train import train
 
-        train(folder, corpus, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        train(folder, corpus, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), heart)
         return 0
     except BaseException as error:
         traceback.print_exc()

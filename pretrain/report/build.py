@@ -10,7 +10,7 @@ from regrowth.errors import UserError
 from regrowth.files import read_json, write_text
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.parallel.planner import Prediction
-from regrowth.pretrain.checkpoint import list_checkpoints
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.lineage import read_lineage
 from regrowth.pretrain.report.chart import Chart, Points, smooth, thin

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.helpers import one_letter, only_run, regrowth, start, steps_done, wait_for, write_config
+from tests.launch.helpers import one_letter, only_run, regrowth, soon_after_a_checkpoint, start, steps_done, wait_for, write_config
 from tests.pretrain.helpers import losses
 
 TWO = {"parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 5, "keep": 3}}
@@ -45,7 +45,7 @@ def test_after_kill_nine_of_a_worker_the_run_goes_on_by_itself_bit_for_bit(
 ) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, **TWO)
     launcher = start("train", config)
-    wait_for(lambda: steps_done(tmp_path) > 12, launcher)
+    wait_for(lambda: soon_after_a_checkpoint(tmp_path), launcher)
     os.kill(workers(launcher)[rank], signal.SIGKILL)
     output = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 0 and "Starting again" in output and "Traceback" not in output, output

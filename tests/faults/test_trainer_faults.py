@@ -17,7 +17,8 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.parallel.agree import check_same
 from regrowth.pretrain import train as trainer
-from regrowth.pretrain.checkpoint import list_checkpoints, read_state, verify
+from regrowth.pretrain.checkpoint import read_state, verify
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.safety import SafetyConfig, StepGuard
 from tests.faults.test_real_faults import one_letter, only_run, steps_done, wait_for, workers
 from tests.launch.helpers import regrowth, start, write_config

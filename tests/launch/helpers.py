@@ -71,6 +71,14 @@ def steps_done(folder: Path) -> int:
     return sum(1 for _ in runs[0].open()) if runs else 0
 
 
+def soon_after_a_checkpoint(folder: Path, least: int = 10, most_after: int = 3) -> bool:
+    """Whether the run below `folder` has a whole checkpoint of step `least` or later, and at most `most_after` steps since."""
+    if steps_done(folder) < least:
+        return False
+    run = only_run(folder)
+    return run.checkpointed >= least and steps_done(folder) - run.checkpointed <= most_after
+
+
 def one_letter(output: str) -> str:
     """The output holds exactly one message of ours and no traceback; returns it."""
     assert "Traceback" not in output, output

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regrowth.launch.hanging import Hanging
-from regrowth.parallel.heartbeat import Heartbeat
+from regrowth.parallel.heartbeat import Heartbeat, beats
 from regrowth.pretrain.config import RunConfig
 from tests.conftest import small_run_values
 
@@ -56,17 +56,41 @@ def test_a_hang_is_five_times_what_steps_take_and_thirty_seconds_at_least(docume
     assert "rank 0 on " in str(asked_after(hanging, clock, 100)) and 'step 4, "update"' in str(asked_after(hanging, clock, 1))
 
 
-def test_growing_may_take_as_long_as_it_takes_and_the_steps_after_it_are_new(documents: Path, tmp_path: Path, clock: Clock) -> None:
+def test_growing_may_take_as_long_as_each_process_gives_its_sign_and_the_steps_after_it_are_new(
+    documents: Path, tmp_path: Path, clock: Clock
+) -> None:
     hanging = Hanging(tmp_path, config(documents, tmp_path))
-    heart = Heartbeat(tmp_path / "logs", 0, 1)
+    grows, waits = (Heartbeat(tmp_path / "logs", rank, 2) for rank in range(2))
     step(tmp_path, 1.0, 20)
-    heart.beat(20, "growth")
-    assert asked_after(hanging, clock, 2) is None
-    assert asked_after(hanging, clock, 100_000) is None
-    heart.beat(20, "forward and backward")
+    for _ in range(100):  # the thread's signs, by hand
+        grows.beat(20, "growth")
+        waits.beat(20, "growth")
+        assert asked_after(hanging, clock, 50) is None
+    grows.close()
+    waits.beat(20, "growth")
+    assert asked_after(hanging, clock, 30) is None
+    waits.beat(20, "growth")
+    assert "hung: rank 0 on " in (told := str(asked_after(hanging, clock, 35))) and "rank 1" not in told and "due each second" in told
+    grows.beat(20, "forward and backward")
+    waits.beat(20, "forward and backward")
     assert asked_after(hanging, clock, 2) is None
     assert asked_after(hanging, clock, 500) is None, "compiled anew"
     assert asked_after(hanging, clock, 200) is not None
+
+
+def test_a_process_gives_its_sign_each_second_while_it_grows(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path, 0, 1)
+    heart.beat(20, "growth")
+    seen = {beats(tmp_path)[0].time}
+    until = time.monotonic() + 60
+    while len(seen) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        seen.add(beats(tmp_path)[0].time)
+    heart.beat(20, "data")
+    last = beats(tmp_path)
+    time.sleep(2.5)
+    assert beats(tmp_path) == last, "of waiting for data only who waits tells"
 
 
 def test_signs_of_an_earlier_start_and_a_clock_that_jumps_are_no_hang(

@@ -14,7 +14,7 @@ import pytest
 from regrowth.errors import UserError
 from regrowth.launch.slurm import render, submit
 from regrowth.pretrain.run_folder import RunFolder
-from tests.launch.helpers import only_run, steps_done, wait_for, write_config
+from tests.launch.helpers import only_run, soon_after_a_checkpoint, steps_done, wait_for, write_config
 
 
 def script(config: str = "quickstart", overrides: list[str] | None = None, **options) -> str:  # type: ignore[no-untyped-def]
@@ -133,7 +133,7 @@ def test_a_lost_rank_is_started_again_in_the_same_job(which: int, cluster: Path,
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, parallel={"dp_shard": 2, "micro_batch": 2},
                           checkpoint={"every": 5})  # fmt: skip
     _, logs = submitted(config, minutes=5)
-    wait_for(lambda: steps_done(tmp_path) > 12, seconds=120)
+    wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=120)
     os.kill(sorted(ranks_on_this_host(only_run(tmp_path)))[which], signal.SIGKILL)
     wait_for(lambda: only_run(tmp_path).finished, seconds=180)
     run = only_run(tmp_path)

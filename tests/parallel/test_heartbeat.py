@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regrowth.parallel.heartbeat import Heartbeat, explain
+from regrowth.parallel.heartbeat import Heartbeat, Phase, explain
 
 TIMED_OUT = RuntimeError("Timed out waiting 6000ms for recv operation to complete")
 
@@ -21,7 +21,7 @@ TIMED_OUT = RuntimeError("Timed out waiting 6000ms for recv operation to complet
         ([(2, 5, "data"), (0, 5, "data"), (1, 5, "data")], ["rank 2", "rank 1"]),  # which of them hangs, nobody here can tell
     ],
 )
-def test_those_that_are_the_least_far_are_named(signs: list[tuple[int, int, str]], named: list[str], tmp_path: Path) -> None:
+def test_those_that_are_the_least_far_are_named(signs: list[tuple[int, int, Phase]], named: list[str], tmp_path: Path) -> None:
     for rank, step, phase in signs:
         Heartbeat(tmp_path, rank, world_size=len(signs)).beat(step, phase)
     told = explain(tmp_path, TIMED_OUT, 0)

@@ -9,7 +9,7 @@ from typing import Any
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.files import write_json
 from regrowth.parallel.ranks import RankPool
-from regrowth.pretrain.checkpoint import list_checkpoints
+from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.train import train
@@ -41,7 +41,7 @@ def losses(run: RunFolder) -> list[float]:
 def cut_back(run: RunFolder, step: int) -> None:
     """Make a run look as if it had been killed after the checkpoint of `step`."""
     for path in list_checkpoints(run.path):
-        if int(path.name.split("-")[1]) > step:
+        if step_of(path) > step:
             shutil.rmtree(path)
     events = [e for e in run.rows("events") if e["event"] != "finished"]
     (run.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))

@@ -10,7 +10,8 @@ import torch
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.files import sha256_of
-from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, newest_whole, verify
+from regrowth.pretrain.checkpoint import load_plain, newest_whole, verify
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.run_folder import RunFolder
 from tests.pretrain.helpers import Ranks, cut_back, go, losses, new_run
 

@@ -17,7 +17,7 @@ from regrowth.data_pipeline.prepare import prepare
 from regrowth.errors import UserError
 from regrowth.files import write_text
 from regrowth.parallel.ranks import RankError
-from regrowth.pretrain.checkpoint import list_checkpoints
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.report.mixture import write_mixture
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.settings import to_toml

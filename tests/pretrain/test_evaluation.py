@@ -9,7 +9,7 @@ import torch
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.launch.checkpoints import load_model
-from regrowth.pretrain.checkpoint import list_checkpoints
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.convert import export_hf
 from regrowth.pretrain.generate import generate
 from regrowth.pretrain.ngram import ByteTrigram, domain_bytes

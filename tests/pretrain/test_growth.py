@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
-from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, save_checkpoint, verify
+from regrowth.pretrain.checkpoint import load_plain, save_checkpoint, verify
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.evaluate import heldout
 from regrowth.pretrain.growth import grow as grow_module
 from regrowth.pretrain.growth.average import average_checkpoints, shares

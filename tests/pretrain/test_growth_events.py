@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.parallel.ranks import RankError
-from regrowth.pretrain.checkpoint import list_checkpoints, load_plain, verify
+from regrowth.pretrain.checkpoint import load_plain, verify
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.growth.event import GrowthEvent, Plateau, plan_in_force, waiting
 from regrowth.pretrain.lineage import Lineage, Parent
 from regrowth.pretrain.run_folder import RunFolder

@@ -7,7 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.pretrain.checkpoint import list_checkpoints, verify
+from regrowth.pretrain.checkpoint import verify
+from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from tests.launch.helpers import regrowth
 from tests.pretrain.helpers import Ranks, go, losses, new_run
 
