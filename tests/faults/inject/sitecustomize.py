@@ -1,0 +1,79 @@
+"""On the path of the processes under test only: lets one rank do something terrible in one moment of its run, once.
+
+Python imports this module by itself in each process. REGROWTH_TEST_FAULT names what is done, to whom, when, and the file that says that it was done.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_FAULT = json.loads(os.environ.get("REGROWTH_TEST_FAULT", "{}"))
+
+
+def _strike() -> None:
+    marker = Path(_FAULT["marker"])
+    if marker.exists():
+        return
+    marker.write_text(str(time.time()))
+    victim = os.getppid() if _FAULT["who"] == "launcher" else os.getpid()
+    match _FAULT["what"]:
+        case "kill -9":
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(60)  # a launcher's ranks hear of it
+        case "SIGTERM":
+            os.kill(victim, signal.SIGTERM)
+        case "SIGSTOP":
+            os.kill(victim, signal.SIGSTOP)
+            if victim != os.getpid():
+                time.sleep(2)
+                os.kill(victim, signal.SIGCONT)
+        case "slow":
+            time.sleep(2)
+        case "exception":
+            raise RuntimeError("a fault put there by a test")
+        case "exit code 1":
+            os._exit(1)
+
+
+def _after(owner: Any, name: str) -> None:
+    """Strike when a function has done its work and not yet returned."""
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        _strike()
+        return result
+
+    setattr(owner, name, struck)
+
+
+def _watch_for_the_moment() -> None:
+    from regrowth.parallel.heartbeat import Heartbeat
+
+    beat, here = Heartbeat.beat, int(os.environ["RANK"])
+    aimed = here == (0 if _FAULT["who"] == "launcher" else int(_FAULT["who"]))
+
+    def watching(self: Heartbeat, step: int, phase: Any) -> None:
+        beat(self, step, phase)
+        if not aimed or phase != _FAULT["phase"] or step < _FAULT["step"]:
+            return
+        if phase == "checkpoint":  # the tensors are on the disk, the manifest is not
+            from regrowth.pretrain.tensor_files import StreamedWriter
+
+            _after(StreamedWriter, "write_data")
+        elif phase == "growth" and here == 0:  # likewise
+            from regrowth.pretrain.growth import grow
+
+            _after(grow, "_grow_files")
+        else:
+            _strike()
+
+    Heartbeat.beat = watching  # type: ignore[method-assign]
+
+
+if _FAULT and "RANK" in os.environ and not Path(_FAULT["marker"]).exists():
+    _watch_for_the_moment()
