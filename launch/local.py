@@ -35,6 +35,7 @@ class Letter(NamedTuple):
     exit_code: int
     message: str
     mendable: bool  # by a new start
+    time: float
 
     @property
     def echo(self) -> bool:
@@ -89,7 +90,7 @@ def run_local(
                 raise Stopped(f"{folder}: ended at once; the newest checkpoint stands. Go on with: regrowth train --resume {folder}")
             time.sleep(0.2)
         time.sleep(0.5)  # the other ranks may be writing their own letters
-        _end(workers, grace=20.0 if stopping_since is not None or _stopped(folder, ranks) else 3.0)
+        _end(workers, grace=20.0 if stopping_since is not None or _stopped(folder) else 3.0)
         watch(True)
         codes = [worker.poll() for worker in workers]
         if stopping_since is not None and any(code == -signal.SIGTERM for code in codes):  # asked before they were ready to be
@@ -105,8 +106,9 @@ def _start(folder: Path, corpus: str, ranks: int) -> list[subprocess.Popen[bytes
     logs.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     workers = []
+    for path in logs.glob("rank-*.error"):  # of an earlier start, of ranks that this one may not have
+        path.unlink()
     for rank in range(ranks):
-        (logs / f"rank-{rank}.error").unlink(missing_ok=True)
         environment = {
             **os.environ,
             "RANK": str(rank),
@@ -175,31 +177,27 @@ def _resume(folder: Path) -> str:
     return f"The newest checkpoint stands; go on with: regrowth train --resume {folder}"
 
 
-def _letters(folder: Path, ranks: int) -> list[Letter]:
-    """The letters that ranks left."""
+def letters(folder: Path) -> list[Letter]:
+    """What the ranks of the last start left, by rank."""
     found = []
-    for rank in range(ranks):
-        path = folder / "logs" / f"rank-{rank}.error"
-        if path.exists():
-            try:
-                letter = json.loads(path.read_text(encoding="utf-8"))
-                found.append(Letter(rank, int(letter["exit_code"]), str(letter["message"]), bool(letter["mendable"])))
-            except (ValueError, KeyError):
-                continue
-    return found
+    for path in (folder / "logs").glob("rank-*.error"):
+        with suppress(ValueError, KeyError, OSError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            rank = int(path.stem.removeprefix("rank-"))
+            found.append(Letter(rank, int(told["exit_code"]), str(told["message"]), bool(told["mendable"]), float(told["time"])))
+    return sorted(found)
 
 
 def final_letter(folder: Path) -> RegrowthError | None:
     """What a rank of the last start has said that no new start mends: a letter to the user, or of what is wrong in the run itself."""
-    ranks = max((int(path.stem.removeprefix("rank-")) + 1 for path in (folder / "logs").glob("rank-*.error")), default=0)
-    for letter in _letters(folder, ranks):
+    for letter in letters(folder):
         if not letter.mendable and letter.exit_code != Stopped.exit_code and not letter.echo:
             return UserError(letter.message) if letter.exit_code == UserError.exit_code else RunFailed(letter.message)
     return None
 
 
-def _stopped(folder: Path, ranks: int) -> bool:
-    return any(letter.exit_code == Stopped.exit_code for letter in _letters(folder, ranks))
+def _stopped(folder: Path) -> bool:
+    return any(letter.exit_code == Stopped.exit_code for letter in letters(folder))
 
 
 def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthError:
@@ -208,23 +206,23 @@ def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthE
     Args:
         first: the ranks that had ended when the launcher saw it and ended the others.
     """
-    letters = _letters(folder, len(codes))
+    left = letters(folder)
     resume = _resume(folder)
-    written = {letter.rank for letter in letters}
+    written = {letter.rank for letter in left}
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and rank not in written and code != -signal.SIGKILL:
             return RankLost(f"{folder}: rank {rank} was ended by {signal.Signals(-code).name}. {resume}")
     for kind in (UserError.exit_code, Stopped.exit_code):
-        if chosen := [letter.message for letter in letters if letter.exit_code == kind]:
+        if chosen := [letter.message for letter in left if letter.exit_code == kind]:
             return Stopped(chosen[0]) if kind == Stopped.exit_code else UserError(chosen[0])
-    if own := [letter for letter in letters if not letter.echo]:
-        letter = min(own, key=lambda letter: letter.mendable)  # what no new start mends, before the rest
+    if own := [letter for letter in left if not letter.echo]:
+        letter = min(own, key=lambda letter: (letter.mendable, letter.time))  # what no new start mends, before the rest
         told = f"{letter.message} (rank {letter.rank}, log: {folder}/logs/rank-{letter.rank}.log) {resume}"
         return RankRaised(told) if letter.mendable and letter.exit_code == RankLost.exit_code else WorkerFailed(told, letter.exit_code)
     # Letters of ranks that lost a neighbour only echo its death: the neighbour was killed from outside.
     silent = [rank for rank in range(len(codes)) if rank not in written]
     if silent and not first.intersection(silent):
-        echo = letters[0].message if letters else "no letter was left"
+        echo = left[0].message if left else "no letter was left"
         return RankLost(f"{folder}: rank {silent[0]} hung, others lost it, and it was ended ({echo}; logs in {folder}/logs). {resume}")
     who = f"rank {silent[0]}" if silent else "a rank"
     if silent and (code := codes[silent[0]] or 0) > 0:

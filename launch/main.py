@@ -13,6 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from regrowth.errors import RegrowthError
+from regrowth.launch.arguments import Config, DryRun, Overrides
+from regrowth.launch.launch_commands import launch_app
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -34,7 +36,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 data_app = typer.Typer(help="Documents to Arrow shards.", no_args_is_help=True)
-launch_app = typer.Typer(help="Start runs on this machine or on a cluster.", no_args_is_help=True)
 mix_app = typer.Typer(help="Look into the mixture of a run.", no_args_is_help=True)
 grow_app = typer.Typer(
     cls=with_default("checkpoint"), help="Grow a checkpoint into a larger model's start, or plan to.", no_args_is_help=True
@@ -46,10 +47,7 @@ app.add_typer(launch_app, name="launch")
 app.add_typer(grow_app, name="grow")
 app.add_typer(lineage_app, name="lineage")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, as section.key=value.")]
-Config = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe.")]
 Operators = Annotated[list[str] | None, typer.Argument(help="An operator and its settings: op=hyperclone factor=2 (default: op=stack).")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; start nothing.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run's folder (its newest whole checkpoint).")]
 
 
@@ -409,38 +407,6 @@ def mix_plot(
     from regrowth.launch.mix import plot as go
 
     go(run, out)
-
-
-@launch_app.command("local")
-def launch_local(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Start a run's ranks on this machine (what `regrowth train` does)."""
-    from regrowth.launch.training import train as go
-
-    go(config, overrides or [], None, dry_run)
-
-
-@launch_app.command("slurm")
-def launch_slurm(
-    config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="In the place of --nodes: as many nodes as the plan then needs.")
-    ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
-    minutes: Annotated[int, typer.Option(min=1, help="Time limit.")] = 60,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs to ask for on each node.")] = 0,
-    setup: Annotated[
-        list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
-    ] = None,
-    print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
-    at_job_end: Annotated[bool, typer.Option(help="How a job ends itself whose run is not finished.", hidden=True)] = False,
-) -> None:
-    """Submit a run as a Slurm job."""
-    from regrowth.launch.slurm import launch as go
-
-    go(config, overrides or [], nodes, partition, account, minutes, gpus_per_node, setup or [], print_only, ranks_per_node, at_job_end)
 
 
 _STOPPED = "What was finished is kept; the same command goes on from there."

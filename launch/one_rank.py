@@ -1,6 +1,10 @@
 """One rank of a run, as torchrun starts it, on its own or in a Slurm job."""
 
+import faulthandler
+import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -8,11 +12,13 @@ from rich.console import Console
 from regrowth.errors import UserError
 from regrowth.files import write_json, write_text
 from regrowth.launch.local import final_letter
+from regrowth.launch.place import note_place
 from regrowth.launch.supervise import KNOWN_ENDS, note_loss
 from regrowth.launch.training import corpus_of, own_corpus
 from regrowth.parallel.agree import on_first_rank
 from regrowth.parallel.mesh import choose_device, process_group
 from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.rank_output import Stamped
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.train import train as train_rank
 from regrowth.pretrain.worker import leave_letter
@@ -46,6 +52,9 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
             note_loss(folder, told)
         for letter in folder.path.glob("logs/rank-*.error"):  # of an earlier start, of ranks that this one may not have
             letter.unlink()
+        options = json.loads(os.environ.get("REGROWTH_LAUNCH_OPTIONS", "{}"))
+        job = os.environ.get("SLURM_JOB_ID", "") if options else ""
+        note_place(folder, "slurm" if job else "torchrun", job, options)
         if note := _note_of_this_job(config):  # for the job's own script, which the run may outlive, and for its next start
             write_text(note, str(folder.path.resolve()))
         return folder.path, place
@@ -57,11 +66,20 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
     with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
         folder, place = on_first_rank(set_up)
+        _tee_output(folder)
         try:
             train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         except BaseException as error:
             leave_letter(folder, error)
             raise
+
+
+def _tee_output(folder: Path) -> None:
+    """Let what this rank prints, and its stacks on SIGUSR2, end up in the run's folder as well."""
+    (folder / "logs").mkdir(exist_ok=True)
+    log = (folder / "logs" / f"rank-{os.environ['RANK']}.log").open("a", encoding="utf-8")
+    sys.stdout, sys.stderr = Stamped(log, sys.stdout), Stamped(log, sys.stderr)
+    faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
 
 
 def _note_of_this_job(config: RunConfig) -> Path | None:

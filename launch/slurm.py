@@ -1,12 +1,13 @@
 """Runs as Slurm jobs: one readable batch script from a template, submitted with sbatch. All Slurm of the project is here."""
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,28 +22,50 @@ if TYPE_CHECKING:
 _WARN_SECONDS = 120  # before the time limit: enough to finish a step and write a checkpoint
 
 
-def launch(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
-           setup: list[str], print_only: bool, ranks_per_node: int | None = None, at_job_end: bool = False) -> None:  # fmt: skip
-    """The `launch slurm` command.
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job asks Slurm for. `ranks_per_node`: at most; in the place of `nodes`."""
 
-    Args:
-        at_job_end: how a job whose run is not finished ends itself: `config` is the run's folder. A run that waits for other ranks after a growth gets a job of its
-            new size; one that was stopped or lost goes into the queue again, under the same number.
-    """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    nodes: int = 1
+    partition: str | None = None
+    account: str | None = None
+    minutes: int = 60
+    gpus_per_node: int = 0
+    setup: list[str] = field(default_factory=list)  # shell lines that run first
+    ranks_per_node: int | None = None
+
+
+def launch(config: str, overrides: list[str], options: JobOptions, print_only: bool = False) -> None:
+    """The `launch slurm` command. `config` may be the folder of a run to go on with."""
+    from regrowth.launch.place import note_place
     from regrowth.pretrain.run_folder import RunFolder
 
-    if at_job_end and not (run := RunFolder.open(Path(config))).replanned:
-        _requeue(run, console)
-        return
-    script, folder = render(config, overrides, nodes, partition, account, minutes, gpus_per_node, setup, ranks_per_node)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    script, folder = render(config, overrides, options)
     if print_only:
         console.print(script, end="")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(submit(script))
-    if at_job_end:  # a job that fails before it logs anything must not be submitted again for ever
-        RunFolder(Path(config)).log("events", {"event": "job submitted", "time": time.time()})
+    told = submit(script)
+    console.print(told)
+    if (Path(config) / "config.toml").exists():
+        note_place(RunFolder(Path(config)), "slurm", told.split()[-1], asdict(options))
+
+
+def end_job(folder: Path) -> None:
+    """How a job whose run is not finished ends itself. A run that waits for other ranks after a growth gets a job of its new size; one that was stopped or lost
+    goes into the queue again, under the same number."""
+    from regrowth.launch.place import place_of
+    from regrowth.pretrain.run_folder import RunFolder
+
+    run = RunFolder.open(folder)
+    if not run.replanned:
+        _requeue(run, Console(highlight=False, markup=False, soft_wrap=True))
+    elif place := place_of(run):
+        launch(str(folder), [], JobOptions(**place.options))
+        run.log(
+            "events", {"event": "job submitted", "time": time.time()}
+        )  # a job that fails before it logs anything must not be submitted again for ever
 
 
 def _requeue(run: "RunFolder", console: Console) -> None:
@@ -62,13 +85,11 @@ def _requeue(run: "RunFolder", console: Console) -> None:
         raise RunFailed(f"launch slurm: Slurm does not requeue job {job} ({refused}). Go on with: regrowth launch slurm {run.path}")
 
 
-def render(config: str, overrides: list[str], nodes: int, partition: str | None, account: str | None, minutes: int, gpus_per_node: int,
-           setup: list[str], ranks_per_node: int | None = None) -> tuple[str, Path]:  # fmt: skip
+def render(config: str, overrides: list[str], options: JobOptions) -> tuple[str, Path]:
     """The batch script of a config's plan, and the folder that its logs go to. Every user string is quoted for the shell.
 
     Args:
         config: may be a run's folder: the job then goes on with that run, on the plan that it has come to.
-        ranks_per_node: at most; in the place of `nodes`.
 
     Raises:
         UserError: the plan's ranks do not fall evenly on the nodes, or an option holds a line break.
@@ -80,14 +101,15 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
     resumed = (Path(config) / "config.toml").exists()
     settings = RunFolder(Path(config)).config(overrides) if resumed else load_config(config, overrides)
     ranks = (RunFolder(Path(config)).plan(settings) if resumed else settings.parallel).world_size
-    if ranks_per_node:
-        nodes = next(n for n in range(-(-ranks // ranks_per_node), ranks + 1) if ranks % n == 0)
+    nodes = options.nodes
+    if options.ranks_per_node:
+        nodes = next(n for n in range(-(-ranks // options.ranks_per_node), ranks + 1) if ranks % n == 0)
     if ranks % nodes:
         raise UserError(f"--nodes {nodes}: the plan's {ranks} ranks do not fall evenly on them; choose nodes from "
                         f"{', '.join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)} or change parallel.*")  # fmt: skip
     for name, value in (
-        ("--partition", partition),
-        ("--account", account),
+        ("--partition", options.partition),
+        ("--account", options.account),
         ("run.name", settings.run.name),
         ("run.folder", str(settings.run.folder)),
     ):
@@ -97,25 +119,18 @@ def render(config: str, overrides: list[str], nodes: int, partition: str | None,
     script = _template("slurm.sh.jinja").render(
         name=_option(settings.run.name),
         nodes=nodes,
-        minutes=minutes,
-        partition=_option(partition) if partition else "",
-        account=_option(account) if account else "",
-        gpus_per_node=gpus_per_node,
+        minutes=options.minutes,
+        partition=_option(options.partition) if options.partition else "",
+        account=_option(options.account) if options.account else "",
+        gpus_per_node=options.gpus_per_node,
         logs=_option(str(logs)),
-        warn_seconds=min(_WARN_SECONDS, minutes * 30),
-        setup=setup,
+        warn_seconds=min(_WARN_SECONDS, options.minutes * 30),
+        setup=options.setup,
         python=shlex.quote(sys.executable),
         ranks_per_node=ranks // nodes,
         restarts=settings.supervision.restarts,
         notes=shlex.quote(str(logs)),
-        options=shlex.join(
-            [
-                *(f"--ranks-per-node={ranks_per_node or ranks // nodes}", f"--minutes={minutes}", f"--gpus-per-node={gpus_per_node}"),
-                *([f"--partition={partition}"] if partition else []),
-                *([f"--account={account}"] if account else []),
-                *(f"--setup={line}" for line in setup),
-            ]
-        ),
+        options=shlex.quote(json.dumps(asdict(replace(options, ranks_per_node=options.ranks_per_node or ranks // nodes)))),
         arguments=shlex.join(
             ["train", "--resume", str(Path(config).resolve()), *overrides]
             if resumed

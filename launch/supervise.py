@@ -10,8 +10,10 @@ import time
 from rich.console import Console
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped
+from regrowth.files import exclusive
 from regrowth.launch.hanging import Hanging
 from regrowth.launch.local import RankRaised, StopSignals, final_letter, run_local
+from regrowth.launch.place import lock_of, note_place
 from regrowth.launch.watch import Watch
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
@@ -31,8 +33,10 @@ def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) 
         RankLost: again and again, without a checkpoint in between.
         RunFailed, UserError: what no new start mends.
     """
+    refusal = f"{run.path}: another process is running this run. Wait for it, or stop it first: regrowth launch cancel {run.path}"
     try:
-        with StopSignals() as asked:
+        with exclusive(lock_of(run), refusal), StopSignals() as asked:
+            note_place(run, "local")
             _start_until_done(run, config, corpus, console, asked)
     except RegrowthError as error:
         if not isinstance(error, Stopped):
@@ -43,10 +47,16 @@ def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) 
 
 def may_go_on(run: RunFolder) -> bool:
     """Whether a job that has ended before its run should go into the queue again: it was stopped or lost, and not again and again in the same place."""
-    if run.finished or final_letter(run.path):
+    if run.finished or final_letter(run.path) or _cancelled(run):
         return False
     here = [event for event in run.rows("events") if event["event"] == "requeued" and event["checkpoint"] == run.checkpointed]
     return len(here) < max(run.config().supervision.restarts, int(run.ended_by("stopped")))
+
+
+def _cancelled(run: RunFolder) -> bool:
+    """Whether this start was cancelled by a person."""
+    names = [event["event"] for event in run.rows("events")]
+    return "cancelled" in names[max((i for i, name in enumerate(names) if name in ("started", "resumed")), default=0) :]
 
 
 def note_requeued(run: RunFolder, job: str) -> None:

@@ -85,6 +85,10 @@ class Records:
             self.run.log("evaluations", row)
             self.metrics.evaluation(row)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the look that is due at a step was written down."""
+        return any(row["step"] == step and not row["note"] for row in self.run.rows("evaluations"))
+
     def close(self) -> None:
         """Flush."""
         if self.metrics:

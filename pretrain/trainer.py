@@ -84,6 +84,8 @@ class Trainer:
             with Profile(self.config.run, self.run.path, self.rank, self.device) as profile:
                 if done in self.session.lineage.growth_steps:
                     self._evaluate(done, self.config.evaluation.sequences_per_domain, note="after growth")
+                elif done and self._evaluation_due(done) and on_first_rank(lambda: not self.records.evaluated(done)):  # a stop came before it
+                    self._evaluate(done, self.config.evaluation.sequences_per_domain)
                 while done < steps:
                     if event := self._growth_due(done):
                         self._grow(event, done)
@@ -99,7 +101,7 @@ class Trainer:
                     if self.guard.spoilt:
                         done = self._rewind(done)
                         continue
-                    if done % self.config.evaluation.every == 0 and done < steps:
+                    if self._evaluation_due(done):
                         self._evaluate(done, self.config.evaluation.sequences_per_domain)
                     # Amid outliers nothing is saved, and so nothing from before them is removed.
                     if (done % self.config.checkpoint.every == 0 and not self.guard.in_a_row) or done == steps:
@@ -300,6 +302,9 @@ class Trainer:
         gc.collect()
         self.plan.follow(checkpoint)
         self.session = Session(self.config, self.corpus, self.plan.mesh, checkpoint)
+
+    def _evaluation_due(self, step: int) -> bool:
+        return step % self.config.evaluation.every == 0 and step < self.config.run.steps
 
     def _save(self, step: int, wait: bool = False) -> None:
         self.heart.beat(step, "checkpoint")

@@ -8,11 +8,13 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from regrowth.errors import RankLost, RegrowthError
 from regrowth.parallel.heartbeat import Heartbeat
+from regrowth.pretrain.rank_output import Stamped
 
 
 def _die_with_the_launcher() -> None:
@@ -45,7 +47,9 @@ def leave_letter(folder: Path, error: BaseException) -> int:
         code, message, mendable = error.exit_code, str(error), isinstance(error, RankLost)
     elif isinstance(error, KeyboardInterrupt):
         code, message, mendable = 75, f"{folder}: interrupted; resume with: regrowth train --resume {folder}", False
-    letter_of(folder).write_text(json.dumps({"exit_code": code, "message": message, "mendable": mendable}), encoding="utf-8")
+    letter_of(folder).write_text(
+        json.dumps({"exit_code": code, "message": message, "mendable": mendable, "time": time.time()}), encoding="utf-8"
+    )
     return code
 
 
@@ -54,9 +58,9 @@ def main() -> int:
     folder, corpus = Path(sys.argv[1]), sys.argv[2]  # a corpus may be an address
     letter_of(folder).unlink(missing_ok=True)
     _die_with_the_launcher()
-    heart = Heartbeat(folder / "logs", int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    heart.beat(0, "startup")
     try:
+        heart = Heartbeat(folder / "logs", int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        heart.beat(0, "startup")
         from regrowth.pretrain.train import train
 
         train(folder, corpus, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), heart)
@@ -69,6 +73,7 @@ def main() -> int:
 if __name__ == "__main__":
     faulthandler.enable()  # a crash in native code leaves its Python stack in the rank's log
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # and a launcher that finds it hanging asks for the same
+    sys.stdout = sys.stderr = Stamped(sys.stderr)  # both are the rank's log
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

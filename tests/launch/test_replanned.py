@@ -21,8 +21,8 @@ def test_the_launcher_starts_the_ranks_that_the_grown_model_needs(documents: Pat
 
 @pytest.mark.parametrize(("ranks_per_node", "nodes"), [(8, 1), (2, 2), (3, 2), (1, 4)])
 def test_a_job_has_as_many_nodes_as_the_plan_needs(ranks_per_node: int, nodes: int, documents: Path, tmp_path: Path) -> None:
-    from regrowth.launch.slurm import render
+    from regrowth.launch.slurm import JobOptions, render
 
     config = write_config(tmp_path / "c.toml", documents, tmp_path, parallel={"dp_shard": 4, "micro_batch": 2})
-    text, _ = render(str(config), [], 1, None, None, 5, 0, [], ranks_per_node)
+    text, _ = render(str(config), [], JobOptions(ranks_per_node=ranks_per_node))
     assert f"--nodes={nodes}" in text and f"--nproc-per-node={4 // nodes}" in text

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from regrowth.errors import UserError
-from regrowth.launch.slurm import render, submit
+from regrowth.launch.slurm import JobOptions, render, submit
 from regrowth.pretrain.run_folder import RunFolder
 from tests.launch.helpers import only_run, soon_after_a_checkpoint, steps_done, wait_for, write_config
 
 
 def script(config: str = "quickstart", overrides: list[str] | None = None, **options) -> str:  # type: ignore[no-untyped-def]
-    defaults = {"nodes": 1, "partition": None, "account": None, "minutes": 30, "gpus_per_node": 0, "setup": []}
-    return render(config, overrides or [], **{**defaults, **options})[0]
+    return render(config, overrides or [], JobOptions(**{"minutes": 30, **options}))[0]
 
 
 def test_the_script_says_what_was_asked_for() -> None:
@@ -73,7 +72,7 @@ def test_a_run_on_two_nodes_of_a_real_slurm(cluster: Path, documents: Path, tmp_
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, parallel={"dp_shard": 2, "micro_batch": 2})
     # The virtual nodes share this host: ranks meet on loopback.
     setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
-    text, logs = render(str(config), [], nodes=2, partition="ci", account=None, minutes=5, gpus_per_node=0, setup=setup)
+    text, logs = render(str(config), [], JobOptions(nodes=2, partition="ci", minutes=5, setup=setup))
     logs.mkdir(parents=True, exist_ok=True)
     assert "Submitted batch job" in submit(text)
     until = time.monotonic() + 120
@@ -90,7 +89,7 @@ def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: Path,
     growth = [{"at_step": 2, "operators": [{"op": "stack"}], "parallel": {"dp_shard": 2}}]
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, growth=growth)
     setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
-    text, logs = render(str(config), [], 1, "ci", None, 5, 0, setup, ranks_per_node=1)
+    text, logs = render(str(config), [], JobOptions(partition="ci", minutes=5, setup=setup, ranks_per_node=1))
     logs.mkdir(parents=True, exist_ok=True)
     submit(text)
     until = time.monotonic() + 200
@@ -107,7 +106,7 @@ def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: Path,
 def submitted(config: Path, minutes: int) -> tuple[str, Path]:
     """(the number of a job of two nodes, where its logs are)."""
     setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
-    text, logs = render(str(config), [], nodes=2, partition="ci", account=None, minutes=minutes, gpus_per_node=0, setup=setup)
+    text, logs = render(str(config), [], JobOptions(nodes=2, partition="ci", minutes=minutes, setup=setup))
     logs.mkdir(parents=True, exist_ok=True)
     return submit(text).split()[-1], logs
 

@@ -1,0 +1,92 @@
+"""The commands of `regrowth launch`. Each imports what it needs when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regrowth.launch.arguments import Config, DryRun, Overrides
+
+launch_app = typer.Typer(help="Start runs on this machine or on a cluster, and look after them.", no_args_is_help=True)
+Run = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@launch_app.command("local")
+def local(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Start a run's ranks on this machine (what `regrowth train` does)."""
+    from regrowth.launch.training import train as go
+
+    go(config, overrides or [], None, dry_run)
+
+
+@launch_app.command("slurm")
+def slurm(
+    config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="In the place of --nodes: as many nodes as the plan then needs.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    minutes: Annotated[int, typer.Option(min=1, help="Time limit.")] = 60,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs to ask for on each node.")] = 0,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
+    ] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
+) -> None:
+    """Submit a run as a Slurm job."""
+    from regrowth.launch.slurm import JobOptions
+    from regrowth.launch.slurm import launch as go
+
+    options = JobOptions(nodes, partition, account, minutes, gpus_per_node, setup or [], ranks_per_node)
+    go(config, overrides or [], options, print_only)
+
+
+@launch_app.command("end-job", hidden=True)
+def end_job(run: Run) -> None:
+    """How a Slurm job ends itself whose run is not finished."""
+    from regrowth.launch.slurm import end_job as go
+
+    go(run)
+
+
+@launch_app.command("status")
+def status(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs.")] = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What runs do: state, step, loss, newest checkpoint, starts and failures, last sign of a rank."""
+    from regrowth.launch.runs import status as go
+
+    go(run, json_)
+
+
+@launch_app.command("logs")
+def logs(
+    run: Run,
+    rank: Annotated[list[int] | None, typer.Option(help="Only of this rank; may be repeated.", min=0)] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many; 0: all.", min=0)] = 200,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and print what comes until the run ends.")] = False,
+) -> None:
+    """The logs of all ranks and the run's events, merged by time; the first error on top."""
+    from regrowth.launch.logs import show_logs as go
+
+    go(run, rank or [], lines, follow)
+
+
+@launch_app.command("cancel")
+def cancel(run: Run, now: Annotated[bool, typer.Option("--now", help="At once, without a checkpoint.")] = False) -> None:
+    """Ask a run to write a checkpoint and stop, and wait until it has."""
+    from regrowth.launch.runs import cancel as go
+
+    go(run, now)
+
+
+@launch_app.command("resume")
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Go on with a run as it was started: on this machine, or as a Slurm job with the same options."""
+    from regrowth.launch.runs import resume as go
+
+    go(run, overrides or [])

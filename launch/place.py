@@ -1,0 +1,87 @@
+"""Where a run runs, or ran last: noted in its folder by whoever starts it, so that it can be watched, cancelled and taken up from any shell."""
+
+import fcntl
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from regrowth.files import read_json, write_json
+from regrowth.parallel.heartbeat import beats
+from regrowth.pretrain.run_folder import RunFolder
+
+ALIVE = ("running", "waiting", "ending", "elsewhere")
+State = Literal["running", "waiting", "ending", "elsewhere", "finished", "stopped", "failed", "lost"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What started a run last."""
+
+    by: Literal["local", "slurm", "torchrun"]
+    host: str
+    pid: int  # of the launcher, or of rank 0 where that is not ours
+    job: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # of a Slurm job: those of `regrowth launch slurm`
+
+
+def lock_of(run: RunFolder) -> Path:
+    """What a launcher of this machine holds as long as it lives."""
+    return run.path / ".launcher.lock"
+
+
+def note_place(run: RunFolder, by: Literal["local", "slurm", "torchrun"], job: str = "", options: dict[str, Any] | None = None) -> None:
+    """Say that this process runs the run."""
+    write_json(run.path / "launch.json", asdict(Place(by, socket.gethostname(), os.getpid(), job, options or {})))
+
+
+def place_of(run: RunFolder) -> Place | None:
+    """The last note; None for a run of an older version."""
+    path = run.path / "launch.json"
+    return Place(**read_json(path)) if path.exists() else None
+
+
+def last_sign(run: RunFolder) -> float | None:
+    """Seconds since any rank did anything."""
+    found = beats(run.path / "logs")
+    return max(0.0, time.time() - max(beat.time for beat in found)) if found else None
+
+
+def state_of(run: RunFolder, queue: dict[str, dict[str, int]]) -> tuple[State, str]:
+    """What a run does, and a word on it.
+
+    Args:
+        queue: what Slurm says of its jobs (`launch.slurm.queued`).
+    """
+    place = place_of(run)
+    if place and place.job and (told := queue.get(place.job)):
+        told = ", ".join(told)
+        return ("running" if told.startswith(("running", "completing")) else "waiting"), f"Slurm job {place.job}, {told}"
+    if place and not place.job:
+        if place.host != socket.gethostname():
+            ago = last_sign(run)
+            if not run.finished and ago is not None and ago < 60:
+                return "elsewhere", f"on {place.host}, last sign {ago:.0f} s ago"
+        elif _held(lock_of(run)) or (place.by == "torchrun" and _held(run.path / ".lock")):
+            return "running", f"process {place.pid} on this machine"
+        elif _held(run.path / ".lock"):
+            return "ending", "its launcher is gone; its ranks write a checkpoint and end"
+    if run.finished:
+        return "finished", ""
+    last = next((event for event in reversed(run.rows("events")) if event["event"] in ("stopped", "failed", "cancelled")), None)
+    if last and run.ended_by("stopped", "failed", "cancelled", "command run", "requeued"):
+        return ("failed", str(last["reason"])) if last["event"] == "failed" else ("stopped", f"at step {last.get('step', 0)}")
+    return "lost", "it neither runs nor said why it ended"
+
+
+def _held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
