@@ -7,9 +7,9 @@ checkpoint and stop. If one rank dies, the others, which would wait for it for e
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -66,7 +66,8 @@ def run_local(
         RankLost: a rank was killed, hung, or ended for a reason that need not come again.
         WorkerFailed, UserError: the first rank's own letter.
     """
-    workers = _start(folder, corpus, ranks)
+    meeting = tempfile.TemporaryDirectory(prefix="regrowth-")  # ranks of one machine meet at a file: no port is open to others
+    workers = _start(folder, corpus, ranks, Path(meeting.name) / "store")
     stopping_since: float | None = None
     try:
         while True:
@@ -99,12 +100,12 @@ def run_local(
         raise RunFailed(str(letter)) if stopping_since is not None and isinstance(letter, RankLost) else letter  # asked to stop: not again
     finally:
         _end(workers, grace=0.0)
+        meeting.cleanup()
 
 
-def _start(folder: Path, corpus: str, ranks: int) -> list[subprocess.Popen[bytes]]:
+def _start(folder: Path, corpus: str, ranks: int, store: Path) -> list[subprocess.Popen[bytes]]:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
     workers = []
     for path in logs.glob("rank-*.error"):  # of an earlier start, of ranks that this one may not have
         path.unlink()
@@ -115,10 +116,12 @@ def _start(folder: Path, corpus: str, ranks: int) -> list[subprocess.Popen[bytes
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "REGROWTH_STORE": str(store),
             "REGROWTH_LAUNCHER": str(os.getpid()),
         }
+        if Path("/sys/class/net/lo").exists():
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         with (logs / f"rank-{rank}.log").open("ab") as log:
             command = [sys.executable, "-u", "-m", "regrowth.pretrain.worker", str(folder), corpus]
@@ -126,12 +129,6 @@ def _start(folder: Path, corpus: str, ranks: int) -> list[subprocess.Popen[bytes
                 subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             )
     return workers
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _ask_for_stacks(folder: Path, workers: list[subprocess.Popen[bytes]]) -> str:

@@ -3,16 +3,18 @@
 import faulthandler
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from regrowth.errors import UserError
 from regrowth.files import write_json, write_text
 from regrowth.launch.local import final_letter
-from regrowth.launch.place import note_place
+from regrowth.launch.place import note_place, place_of
 from regrowth.launch.supervise import KNOWN_ENDS, note_loss
 from regrowth.launch.training import corpus_of, own_corpus
 from regrowth.parallel.agree import on_first_rank
@@ -22,14 +24,16 @@ from regrowth.pretrain.rank_output import Stamped
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.train import train as train_rank
 from regrowth.pretrain.worker import leave_letter
+from regrowth.settings import differences
 
 
 def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     """Rank 0 prepares data and folder, then all train.
 
     Raises:
-        UserError: the plan needs another number of ranks, or what a rank said before torchrun started it again.
+        UserError: the plan needs another number of ranks; the config has changed since this job began; or what a rank said before torchrun started it again.
     """
+    asked = config.model_dump(mode="json")
     noted = _run_of_this_job(config)
     run = run or noted
     again = bool(run and noted and run.path.resolve() == noted.path.resolve())
@@ -41,6 +45,7 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (last := final_letter(run.path)):
             raise last
+        _refuse_a_changed_config(run, asked)
 
     def set_up() -> tuple[Path, str]:
         place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
@@ -54,7 +59,7 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
             letter.unlink()
         options = json.loads(os.environ.get("REGROWTH_LAUNCH_OPTIONS", "{}"))
         job = os.environ.get("SLURM_JOB_ID", "") if options else ""
-        note_place(folder, "slurm" if job else "torchrun", job, options)
+        note_place(folder, "slurm" if job else "torchrun", job=job, options=options, asked=asked if job else {})
         if note := _note_of_this_job(config):  # for the job's own script, which the run may outlive, and for its next start
             write_text(note, str(folder.path.resolve()))
         return folder.path, place
@@ -72,6 +77,19 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         except BaseException as error:
             leave_letter(folder, error)
             raise
+
+
+def _refuse_a_changed_config(run: RunFolder, asked: dict[str, Any]) -> None:
+    """A job that is put into the queue again reads its config file again, which may be another by then."""
+    place = place_of(run)
+    if place is None or not place.asked or not (changed := differences(place.asked, asked)):
+        return
+    overrides = shlex.join(f"{key}={json.dumps(after)}" for key, _, after in changed)
+    told = ", ".join(f"{key} was {json.dumps(before)}, is {json.dumps(after)}" for key, before, after in changed)
+    error = UserError(f"{run.path}: the job's config has changed since it began: {told}. To go on as it was: regrowth launch resume {run.path}; "
+                      f"to take the change: regrowth launch resume {run.path} {overrides}")  # fmt: skip
+    leave_letter(run.path, error)
+    raise error
 
 
 def _tee_output(folder: Path) -> None:

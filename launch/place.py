@@ -25,6 +25,7 @@ class Place:
     pid: int  # of the launcher, or of rank 0 where that is not ours
     job: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # of a Slurm job: those of `regrowth launch slurm`
+    asked: dict[str, Any] = field(default_factory=dict)  # of a Slurm job: the config that its command gave when it began
 
 
 def lock_of(run: RunFolder) -> Path:
@@ -32,9 +33,9 @@ def lock_of(run: RunFolder) -> Path:
     return run.path / ".launcher.lock"
 
 
-def note_place(run: RunFolder, by: Literal["local", "slurm", "torchrun"], job: str = "", options: dict[str, Any] | None = None) -> None:
-    """Say that this process runs the run."""
-    write_json(run.path / "launch.json", asdict(Place(by, socket.gethostname(), os.getpid(), job, options or {})))
+def note_place(run: RunFolder, by: Literal["local", "slurm", "torchrun"], **more: Any) -> None:
+    """Say that this process runs the run. `more`: further fields of `Place`."""
+    write_json(run.path / "launch.json", asdict(Place(by, socket.gethostname(), os.getpid(), **more)))
 
 
 def place_of(run: RunFolder) -> Place | None:

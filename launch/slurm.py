@@ -49,7 +49,7 @@ def launch(config: str, overrides: list[str], options: JobOptions, print_only: b
     told = submit(script)
     console.print(told)
     if (Path(config) / "config.toml").exists():
-        note_place(RunFolder(Path(config)), "slurm", told.split()[-1], asdict(options))
+        note_place(RunFolder(Path(config)), "slurm", job=told.split()[-1], options=asdict(options))
 
 
 def end_job(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Start, resume and report runs."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -138,7 +139,7 @@ def tokenizer_of(run: "RunFolder") -> "Tokenizer":
 
 def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     """Write changed settings into the run, with the change logged."""
-    from regrowth.settings import to_toml
+    from regrowth.settings import differences, to_toml
 
     before = run.config()
     fixed = [name for name in ("model", "data") if getattr(before, name) != getattr(config, name)]
@@ -152,8 +153,9 @@ def _change_config(run: "RunFolder", config: "RunConfig") -> None:
     if before == config:
         return
     write_text(run.path / "config.toml", to_toml(config))
-    changed = [name for name in type(config).model_fields if getattr(before, name) != getattr(config, name)]
-    run.log("events", {"event": "config changed", "time": time.time(), "sections": ", ".join(changed)})
+    changed = differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    told = "; ".join(f"{key}: {json.dumps(old)} -> {json.dumps(new)}" for key, old, new in changed)
+    run.log("events", {"event": "config changed", "time": time.time(), "changes": told})
 
 
 def _check_mixture(run: "RunFolder", config: "RunConfig") -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,9 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[tuple[int, int]]:
-    """Join the group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) describes; yields (rank, world size).
+    """Join the group that the launcher's environment describes; yields (rank, world size).
+
+    RANK and WORLD_SIZE, and where the ranks meet: MASTER_ADDR and MASTER_PORT, or REGROWTH_STORE, a file that ranks of one machine meet at without a port.
 
     Alone, no group is made. Within a group, that one stays, and gets this time-out.
     """
@@ -51,7 +54,9 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    store = os.environ.get("REGROWTH_STORE")
+    meeting: dict[str, Any] = {"init_method": f"file://{store}", "rank": int(os.environ["RANK"]), "world_size": world_size} if store else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

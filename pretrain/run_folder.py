@@ -49,7 +49,7 @@ class RunFolder:
         number, path = 1, base
         while True:
             try:
-                path.mkdir(parents=True)
+                path.mkdir(mode=0o700, parents=True)  # its owner's alone: text and paths are in the logs
                 break
             except FileExistsError:
                 number += 1

@@ -84,7 +84,9 @@ class Trainer:
             with Profile(self.config.run, self.run.path, self.rank, self.device) as profile:
                 if done in self.session.lineage.growth_steps:
                     self._evaluate(done, self.config.evaluation.sequences_per_domain, note="after growth")
-                elif done and self._evaluation_due(done) and on_first_rank(lambda: not self.records.evaluated(done)):  # a stop came before it
+                elif (
+                    done and self._evaluation_due(done) and on_first_rank(lambda: not self.records.evaluated(done))
+                ):  # a stop came before it
                     self._evaluate(done, self.config.evaluation.sequences_per_domain)
                 while done < steps:
                     if event := self._growth_due(done):

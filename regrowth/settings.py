@@ -204,6 +204,18 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
+def differences(before: dict[str, Any], after: dict[str, Any], below: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value after) of what differs between two configs as plain values; None stands for what is not there."""
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        ours, theirs = before.get(key), after.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += differences(ours, theirs, f"{below}{key}.")
+        elif ours != theirs:
+            found.append((f"{below}{key}", ours, theirs))
+    return found
+
+
 def to_toml(config: BaseModel) -> str:
     """A config as TOML text that loads back to an equal config; keys that are None are left out (TOML has no null)."""
     import tomli_w

@@ -16,6 +16,7 @@ from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.parallel.ranks import RankPool
+from tests.slurm_cluster import SlurmCluster
 
 torch.set_num_threads(1)
 # A script's background job ignores Ctrl-C, and so would all that it starts; the tests press it.
@@ -146,6 +147,20 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield lambda size: pools.setdefault(size, RankPool(size))
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """A real Slurm of virtual nodes on this host, where its daemons are installed."""
+    if missing := SlurmCluster.missing():
+        pytest.skip(missing)
+    made = SlurmCluster(Path(f"/tmp/slurm-test-{os.getpid()}"))  # the paths of sockets must be short
+    monkeypatch.setenv("SLURM_CONF", str(made.conf))
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
 
 
 @pytest.fixture(scope="session")

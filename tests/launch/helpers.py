@@ -4,12 +4,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from regrowth.launch.main import main
+from regrowth.launch.slurm import JobOptions, render, submit
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.settings import to_toml
@@ -77,6 +79,29 @@ def soon_after_a_checkpoint(folder: Path, least: int = 10, most_after: int = 3) 
         return False
     run = only_run(folder)
     return run.checkpointed >= least and steps_done(folder) - run.checkpointed <= most_after
+
+
+def submitted(config: Path | str, minutes: int) -> tuple[str, Path]:
+    """(the number of a job of two nodes, where its logs are)."""
+    setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
+    text, logs = render(str(config), [], JobOptions(nodes=2, partition="ci", minutes=minutes, setup=setup))
+    logs.mkdir(parents=True, exist_ok=True)
+    return submit(text).split()[-1], logs
+
+
+def happened(folder: Path, event: str) -> list[dict[str, Any]]:
+    """The events of a kind of the one run, which may not be there yet."""
+    return [e for e in only_run(folder).rows("events") if e["event"] == event] if list((folder / "runs").glob("*_*/events.jsonl")) else []
+
+
+def ranks_on_this_host(run: RunFolder) -> list[int]:
+    """The processes that write the logs of a run."""
+    beats = {str(path.resolve()) for path in (run.path / "logs").glob("rank-*.beat")}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found += [int(process.name) for fd in (process / "fd").iterdir() if str(fd.readlink()) in beats]
+    return found
 
 
 def one_letter(output: str) -> str:

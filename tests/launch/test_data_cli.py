@@ -15,6 +15,7 @@ from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.launch.slurm import ArrayJob, render_array
 from tests.conftest import prose, write_jsonl
 from tests.launch.helpers import one_letter, regrowth, start, wait_for
+from tests.slurm_cluster import SlurmCluster
 
 RECIPE = """
 [data]
@@ -95,7 +96,9 @@ def test_mpi_ranks_make_the_same_corpus(source: Path, local: Corpus, tmp_path: P
 
 
 @pytest.mark.slow
-def test_slurm_arrays_make_the_same_corpus_through_a_killed_task(cluster: Path, source: Path, local: Corpus, tmp_path: Path) -> None:
+def test_slurm_arrays_make_the_same_corpus_through_a_killed_task(
+    cluster: SlurmCluster, source: Path, local: Corpus, tmp_path: Path
+) -> None:
     path = recipe(tmp_path, source)
     options = ["data.executor.minutes=5", "data.executor.partition=ci", "data.executor.throttle=2", "data.workers=3"]
     process = start("data", "run", path, "--executor", "slurm", "--wait", *options)
@@ -117,7 +120,7 @@ def test_slurm_arrays_make_the_same_corpus_through_a_killed_task(cluster: Path, 
 
 
 @pytest.mark.slow
-def test_slurm_says_when_too_much_failed(cluster: Path, source: Path, tmp_path: Path) -> None:
+def test_slurm_says_when_too_much_failed(cluster: SlurmCluster, source: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, source)
     words = tmp_path / "words.txt"
     words.write_text("# none yet\n")

@@ -11,6 +11,7 @@ import pytest
 from regrowth.launch.logs import MergedLogs
 from regrowth.pretrain.run_folder import RunFolder
 from tests.launch.helpers import call, one_letter, only_run, start, steps_done, wait_for, write_config
+from tests.slurm_cluster import SlurmCluster
 
 TWO = {"parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 5, "keep": 3}}
 
@@ -103,7 +104,7 @@ def test_lines_of_native_code_have_the_time_of_those_before_them(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_slurm_job_is_cancelled_with_a_checkpoint_and_taken_up_with_its_options(
-    cluster: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cluster: SlurmCluster, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
     setup = "export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"

@@ -5,16 +5,23 @@ import shlex
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from regrowth.errors import UserError
 from regrowth.launch.slurm import JobOptions, render, submit
-from regrowth.pretrain.run_folder import RunFolder
-from tests.launch.helpers import only_run, soon_after_a_checkpoint, steps_done, wait_for, write_config
+from tests.launch.helpers import (
+    happened,
+    only_run,
+    ranks_on_this_host,
+    soon_after_a_checkpoint,
+    steps_done,
+    submitted,
+    wait_for,
+    write_config,
+)
+from tests.slurm_cluster import SlurmCluster
 
 
 def script(config: str = "quickstart", overrides: list[str] | None = None, **options) -> str:  # type: ignore[no-untyped-def]
@@ -68,7 +75,7 @@ def test_without_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         submit("#!/bin/bash\n")
 
 
-def test_a_run_on_two_nodes_of_a_real_slurm(cluster: Path, documents: Path, tmp_path: Path) -> None:
+def test_a_run_on_two_nodes_of_a_real_slurm(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, parallel={"dp_shard": 2, "micro_batch": 2})
     # The virtual nodes share this host: ranks meet on loopback.
     setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
@@ -85,7 +92,7 @@ def test_a_run_on_two_nodes_of_a_real_slurm(cluster: Path, documents: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: Path, documents: Path, tmp_path: Path) -> None:
+def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
     growth = [{"at_step": 2, "operators": [{"op": "stack"}], "parallel": {"dp_shard": 2}}]
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 4}, growth=growth)
     setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
@@ -103,32 +110,9 @@ def test_a_job_that_a_growth_ends_hands_over_to_one_of_more_nodes(cluster: Path,
     assert "NumNodes=1" in nodes and "NumNodes=2" in nodes, nodes
 
 
-def submitted(config: Path, minutes: int) -> tuple[str, Path]:
-    """(the number of a job of two nodes, where its logs are)."""
-    setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
-    text, logs = render(str(config), [], JobOptions(nodes=2, partition="ci", minutes=minutes, setup=setup))
-    logs.mkdir(parents=True, exist_ok=True)
-    return submit(text).split()[-1], logs
-
-
-def happened(folder: Path, event: str) -> list[dict[str, Any]]:
-    """The events of a kind of the one run, which may not be there yet."""
-    return [e for e in only_run(folder).rows("events") if e["event"] == event] if list((folder / "runs").glob("*_*/events.jsonl")) else []
-
-
-def ranks_on_this_host(run: RunFolder) -> list[int]:
-    """The processes that write the logs of a run."""
-    beats = {str(path.resolve()) for path in (run.path / "logs").glob("rank-*.beat")}
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            found += [int(process.name) for fd in (process / "fd").iterdir() if str(fd.readlink()) in beats]
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, -1])
-def test_a_lost_rank_is_started_again_in_the_same_job(which: int, cluster: Path, documents: Path, tmp_path: Path) -> None:
+def test_a_lost_rank_is_started_again_in_the_same_job(which: int, cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, parallel={"dp_shard": 2, "micro_batch": 2},
                           checkpoint={"every": 5})  # fmt: skip
     _, logs = submitted(config, minutes=5)
@@ -143,7 +127,9 @@ def test_a_lost_rank_is_started_again_in_the_same_job(which: int, cluster: Path,
 
 
 @pytest.mark.slow
-def test_a_job_at_its_time_limit_goes_into_the_queue_again_and_takes_its_run_up(cluster: Path, documents: Path, tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_goes_into_the_queue_again_and_takes_its_run_up(
+    cluster: SlurmCluster, documents: Path, tmp_path: Path
+) -> None:
     """A job that is put into the queue again waits two minutes there, by Slurm's own rule."""
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, parallel={"dp_shard": 2, "micro_batch": 2})
     job, logs = submitted(config, minutes=3)
@@ -155,6 +141,6 @@ def test_a_job_at_its_time_limit_goes_into_the_queue_again_and_takes_its_run_up(
     assert len(list(logs.glob("slurm-*.log"))) == 1, "the same job, one log"
 
 
-def test_what_slurm_refuses_is_told_in_its_own_words(cluster: Path) -> None:
+def test_what_slurm_refuses_is_told_in_its_own_words(cluster: SlurmCluster) -> None:
     with pytest.raises(UserError, match=r"Slurm refused the job: .*partition"):
         submit(script(partition="nowhere"))

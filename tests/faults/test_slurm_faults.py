@@ -1,0 +1,85 @@
+"""What a cluster does to a job: put back into the queue, cancelled, a node that dies, a controller that is restarted. On a real Slurm."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.helpers import happened, only_run, regrowth, soon_after_a_checkpoint, steps_done, submitted, wait_for, write_config
+from tests.slurm_cluster import SlurmCluster
+
+pytestmark = pytest.mark.slow
+TWO = {"parallel": {"dp_shard": 2, "micro_batch": 2}, "checkpoint": {"every": 5}}
+
+
+def state(cluster: SlurmCluster, job: str) -> str:
+    """Of a job, as the controller has it; empty if it does not answer."""
+    told = cluster.ask("scontrol", "show", "job", job)
+    return told.split("JobState=")[1].split()[0] if "JobState=" in told else ""
+
+
+def test_a_requeued_job_takes_its_run_up_unless_its_config_has_changed(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
+    job, logs = submitted(config, minutes=10)
+    wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=150)
+    cluster.ask("scontrol", "requeue", job)
+    wait_for(lambda: happened(tmp_path, "resumed"), seconds=200)
+    run = only_run(tmp_path)
+    assert happened(tmp_path, "resumed")[0]["step"] >= 5
+    config.write_text(config.read_text().replace("lr = 0.003", "lr = 0.001"))
+    reached = run.checkpointed
+    wait_for(lambda: run.checkpointed > reached, seconds=60)
+    cluster.ask("scontrol", "requeue", job)
+    wait_for(lambda: state(cluster, job) in ("FAILED", "COMPLETED"), seconds=200)
+    told = "".join(path.read_text() for path in logs.glob("*.log"))
+    assert "optimizer.lr was 0.003, is 0.001" in told and f"regrowth launch resume {run.path} optimizer.lr=0.001" in told, told[-3000:]
+    assert len(happened(tmp_path, "resumed")) == 1, "it did not go on"
+    done = regrowth("launch", "resume", run.path, "optimizer.lr=0.001", f"run.steps={run.checkpointed + 4}")
+    assert done.returncode == 0 and "Submitted batch job" in done.stdout, done.stderr
+    wait_for(lambda: run.finished, seconds=150)
+    assert run.rows("metrics")[-1]["lr"] <= 0.001
+
+
+def test_scancel_ends_a_job_for_good(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
+    job, _ = submitted(config, minutes=10)
+    wait_for(lambda: steps_done(tmp_path) > 6, seconds=150)
+    cluster.ask("scancel", job)
+    wait_for(lambda: state(cluster, job) == "CANCELLED", seconds=60)
+    time.sleep(15)  # in which it would go back into the queue
+    assert state(cluster, job) == "CANCELLED" and not happened(tmp_path, "requeued")
+    done = regrowth("train", "--resume", only_run(tmp_path).path, f"run.steps={steps_done(tmp_path) + 3}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_death_of_a_node_puts_the_job_into_the_queue_and_it_takes_its_run_up_on_others(
+    cluster: SlurmCluster, documents: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
+    job, _ = submitted(config, minutes=10)
+    wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=150)
+    cluster.kill_node("n2")
+    wait_for(lambda: happened(tmp_path, "resumed"), seconds=240)
+    reached = happened(tmp_path, "resumed")[0]["step"]
+    assert reached >= 5
+    wait_for(lambda: steps_done(tmp_path) > reached + 2, seconds=60)
+    used = cluster.ask("scontrol", "show", "job", job).split(" NodeList=")[1].split()[0]
+    assert "n2" not in subprocess.run(["scontrol", "show", "hostnames", used], capture_output=True, text=True, timeout=20).stdout.split()
+    cluster.ask("scancel", job)
+
+
+def test_a_controller_that_is_killed_and_started_again_is_not_noticed_by_a_run(
+    cluster: SlurmCluster, documents: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 150}, **TWO)
+    job, _ = submitted(config, minutes=10)
+    wait_for(lambda: steps_done(tmp_path) > 6, seconds=150)
+    cluster.kill_controller()
+    done = regrowth("launch", "status", only_run(tmp_path).path)
+    assert done.returncode == 1 and "the controller may be down" in done.stderr, done.stdout + done.stderr
+    time.sleep(3)
+    cluster.start_controller()
+    wait_for(lambda: only_run(tmp_path).finished, seconds=200)
+    assert not happened(tmp_path, "failed") and len(only_run(tmp_path).rows("metrics")) == 150
+    wait_for(lambda: state(cluster, job) == "COMPLETED", seconds=60)
