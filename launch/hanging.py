@@ -16,12 +16,13 @@ from regrowth.pretrain.config import RunConfig
 _LEAST_SECONDS, _LEAST_COMPILED, _TIMES = 30.0, 300.0, 5.0  # with compilation, a step of a new shape takes minutes
 _LOOKING = 2.0  # looking once a second and taking the stacks, so that a hang is told within the limit
 _AFTER_THEIR_OWN = 10.0  # seconds for ranks that gave up by themselves to say for whom they waited, which tells more
+_FILES_A_SECOND = 1000  # that one process reads of a shared file system
 _PULSE_LOST = 60.0  # seconds without the sign that is due each second
 _SETTLED = 10  # steps after a start or a growth from which on their times say what is usual
 
 
 class Hanging:
-    """Asked as often as one likes; looks once a second. Returns a sentence if the ranks hang.
+    """Asked as often as one likes; looks once a second, less often at thousands of ranks. Returns a sentence if the ranks hang.
 
     A step's phase may last `supervision.hang_seconds`, by default `max(30 s, 5 x the 99th percentile of steps)`, or `run.timeout_seconds` as long as there are too few of them;
     a batch of an evaluation and a checkpoint may last `run.timeout_seconds`; a growth, and loading a checkpoint, as long as each rank's process gives its sign.
@@ -39,7 +40,7 @@ class Hanging:
     def __call__(self) -> str | None:
         """The sentence, or None."""
         now = time.monotonic()
-        if now - self.looked_at < 1.0:
+        if now - self.looked_at < max(1.0, len(self.known) / _FILES_A_SECOND):
             return None
         self.looked_at = now
         self._read()

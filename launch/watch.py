@@ -141,6 +141,8 @@ def _spell_event(event: dict[str, Any]) -> str | None:
             return f"{event['reason']} Used instead: {event['used']}."
         case "resumed":
             return f"{step}resumed from {event['checkpoint'] or 'the start'}"
+        case "straggler":
+            return f"{step}rank {event['rank']} on {event['host']} is slow: {event['what']} takes it {event['times']} times as long as the others"
         case "skipped step":
             return f"{step}{event['reason']}"
         case _:

@@ -38,6 +38,7 @@ from regrowth.pretrain.safety import StepGuard
 from regrowth.pretrain.saving import Saving
 from regrowth.pretrain.schedule import lr_factor
 from regrowth.pretrain.session import Session
+from regrowth.pretrain.stragglers import Stragglers
 
 
 class Trainer:
@@ -56,6 +57,7 @@ class Trainer:
         self.recipe = config.precision.build()
         self.records = Records(run, corpus, device, rank)
         self.guard = StepGuard(config.safety, max([0, *(2 * event.at_plateau.window for event in config.growth if event.at_plateau)]))
+        self.stragglers = Stragglers(config.supervision, device)
         self.told_recipe = ""
         self.rewound_to = -1
         with patience(config.run.timeout_seconds):  # checkpoints are read whole, to see that they are
@@ -178,6 +180,8 @@ class Trainer:
         self._guard(step, loss, norm, updated)
         numbers = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": time.perf_counter() - began}
         self.records.step(config, session, numbers, decision, router_rows(routed, session.model_config) if routed else None)
+        for told in self.stragglers.look(step, session.feed.waited):
+            self.records.event(**told)
         if asked:
             self._save(step + 1, wait=True)
             self.records.event("stopped", step=step + 1)

@@ -1,12 +1,24 @@
 """What a cluster does to a job: put back into the queue, cancelled, a node that dies, a controller that is restarted. On a real Slurm."""
 
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.helpers import happened, only_run, regrowth, soon_after_a_checkpoint, steps_done, submitted, wait_for, write_config
+from tests.launch.helpers import (
+    happened,
+    only_run,
+    ranks_on_this_host,
+    regrowth,
+    soon_after_a_checkpoint,
+    steps_done,
+    submitted,
+    wait_for,
+    write_config,
+)
 from tests.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slow
@@ -82,4 +94,19 @@ def test_a_controller_that_is_killed_and_started_again_is_not_noticed_by_a_run(
     cluster.start_controller()
     wait_for(lambda: only_run(tmp_path).finished, seconds=200)
     assert not happened(tmp_path, "failed") and len(only_run(tmp_path).rows("metrics")) == 150
+    wait_for(lambda: state(cluster, job) == "COMPLETED", seconds=60)
+
+
+def test_ranks_that_hang_in_a_job_are_found_and_started_again(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 200}, supervision={"hang_seconds": 5.0}, **TWO)
+    job, logs = submitted(config, minutes=10)
+    wait_for(lambda: steps_done(tmp_path) > 12, seconds=150)
+    run = only_run(tmp_path)
+    os.kill(max(ranks_on_this_host(run)), signal.SIGSTOP)
+    wait_for(lambda: happened(tmp_path, "resumed"), seconds=120)
+    (failed,) = happened(tmp_path, "failed")
+    assert "hung: no rank did anything for" in failed["reason"], failed
+    assert any("forward_backward" in (run.path / f"logs/rank-{rank}.log").read_text() for rank in (0, 1)), "where the other one waited"
+    wait_for(lambda: run.finished, seconds=150)
+    assert len(run.rows("metrics")) == 200 and len(list(logs.glob("*.log"))) == 1 and not happened(tmp_path, "requeued")
     wait_for(lambda: state(cluster, job) == "COMPLETED", seconds=60)
