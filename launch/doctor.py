@@ -29,16 +29,31 @@ class Finding:
 
 def doctor(as_json: bool) -> int:
     """Run all checks, print them; returns 0, or 1 if there is a fault."""
-    findings = [*_interpreter(), *_packages(), *_devices(), *_space(), *_commands(), _name_clash(), _two_processes()]
+    findings = [
+        *_interpreter(),
+        *_packages(),
+        *_devices(),
+        *_health(),
+        *_space(),
+        *_limits(),
+        *_commands(),
+        _name_clash(),
+        _two_processes(),
+    ]
     if as_json:
         print(json.dumps([asdict(f) for f in findings], indent=1))
     else:
-        table = Table("check", "", "found", "remedy")
-        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[red]fault[/red]"}
-        for f in findings:
-            table.add_row(escape(f.check), marks[f.level], escape(f.found), escape(f.remedy))
-        Console().print(table)
+        show(findings)
     return int(any(f.level == "fault" for f in findings))
+
+
+def show(findings: list[Finding]) -> None:
+    """Print a table of them."""
+    table = Table("check", "", "found", "remedy")
+    marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fault": "[red]fault[/red]"}
+    for f in findings:
+        table.add_row(escape(f.check), marks[f.level], escape(f.found), escape(f.remedy))
+    Console().print(table)
 
 
 def _interpreter() -> list[Finding]:
@@ -95,10 +110,70 @@ def _space() -> list[Finding]:
     return findings
 
 
+def _health() -> list[Finding]:
+    """What a run looks at before it starts, with figures."""
+    import torch
+
+    from regrowth.parallel.health import arithmetic_faults, disk_speed
+
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    faults = [fault for device in devices for fault in arithmetic_faults(device)]
+    findings = [Finding("arithmetic", "fault" if faults else "ok", "; ".join(faults) or "products of matrices are exact on each device",
+                        "take this node out" if faults else "")]  # fmt: skip
+    written, read, wrong = disk_speed(Path.cwd())
+    speeds = f"{written:.0f} MB/s written and synced, {read:.0f} MB/s read"
+    findings.append(Finding("disk speed here", "fault" if wrong else "ok", "; ".join(wrong) or speeds, "use another disk" if wrong else ""))
+    return findings
+
+
+def _limits() -> list[Finding]:
+    """Limits of this shell that a run of many ranks and files meets."""
+    import resource
+
+    findings = []
+    for name, kind, least, why in (
+        ("open files", resource.RLIMIT_NOFILE, 4096, "shards, sockets and logs: ulimit -n 65536"),
+        ("processes", resource.RLIMIT_NPROC, 1024, "ranks, loaders and their threads: ulimit -u unlimited"),
+        ("locked memory", resource.RLIMIT_MEMLOCK, 1 << 30, "pinned memory and InfiniBand: ulimit -l unlimited"),
+    ):
+        limit = resource.getrlimit(kind)[0]
+        enough = limit in (resource.RLIM_INFINITY, -1) or limit >= least
+        told = "unlimited" if limit in (resource.RLIM_INFINITY, -1) else f"{limit:,}"
+        findings.append(Finding(f"limit of {name}", "ok" if enough else "note", told, "" if enough else why))
+    return findings
+
+
 def _commands() -> list[Finding]:
-    found = shutil.which("sbatch")
-    slurm = Finding("slurm", "ok" if found else "note", found or "no sbatch", "" if found else "only needed for `regrowth launch slurm`")
-    return [slurm]
+    """Slurm, MPI, the driver and NCCL: versions, as they say them."""
+    import torch
+
+    findings = []
+    for check, command, needed in (
+        ("slurm", ["scontrol", "--version"], "only needed for `regrowth launch slurm`"),
+        (
+            "mpi",
+            [sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version())"],
+            "only needed for curation over MPI: pip install -e '.[mpi]'",
+        ),
+        ("gpu driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], "only needed for NVIDIA GPUs"),
+    ):
+        told = _first_line(command)
+        findings.append(Finding(check, "ok" if told else "note", told or f"no answer from {Path(command[0]).name}", "" if told else needed))
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        from torch.cuda import nccl
+
+        findings.append(Finding("nccl", "ok", ".".join(map(str, nccl.version()))))
+    return findings
+
+
+def _first_line(command: list[str]) -> str:
+    if not shutil.which(command[0]):
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (done.stdout.strip().splitlines() or [""])[0] if done.returncode == 0 else ""
 
 
 def _name_clash() -> Finding:

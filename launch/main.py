@@ -220,8 +220,17 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 
 @app.command()
-def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check this machine: versions, extras, devices, space, process start; each fault with its remedy."""
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check nodes of a Slurm cluster, and that they are alike.")] = False,
+    nodes: Annotated[int, typer.Option(help="With --cluster: how many; in a job, all of it by default.", min=0)] = 0,
+    partition: Annotated[str | None, typer.Option(help="With --cluster: the partition.")] = None,
+) -> None:
+    """Check this machine: versions, extras, devices, arithmetic, disk, limits, process start; each fault with its remedy."""
+    if cluster:
+        from regrowth.launch.cluster_doctor import cluster_doctor
+
+        raise typer.Exit(cluster_doctor(json_, nodes, partition))
     from regrowth.launch.doctor import doctor as go
 
     raise typer.Exit(go(json_))

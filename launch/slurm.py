@@ -123,7 +123,7 @@ def render(config: str, overrides: list[str], options: JobOptions) -> tuple[str,
         partition=_option(options.partition) if options.partition else "",
         account=_option(options.account) if options.account else "",
         gpus_per_node=options.gpus_per_node,
-        logs=_option(str(logs)),
+        logs=_file_option(logs),
         warn_seconds=min(_WARN_SECONDS, options.minutes * 30),
         setup=options.setup,
         python=shlex.quote(sys.executable),
@@ -170,7 +170,7 @@ def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
         partition=_option(options.partition) if options.partition else "",
         account=_option(options.account) if options.account else "",
         after=job.after,
-        log_option=_option(str((job.folder / "slurm").resolve())),
+        log_option=_file_option((job.folder / "slurm").resolve()),
         logs=shlex.quote(str((job.folder / "slurm").resolve())),
         warn_seconds=min(60, options.minutes * 30),
         setup=options.setup,
@@ -226,6 +226,13 @@ def submit(script: str) -> str:
     if done.returncode:
         raise UserError(f"launch slurm: Slurm refused the job: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def _file_option(path: Path) -> str:
+    """A path of an #SBATCH line, in which % begins what Slurm fills in, and after a backslash, wherever it stands, nothing is filled in."""
+    if "\\" in str(path):
+        raise UserError(f"{path}: Slurm cannot write logs to a folder with a backslash in its name.")
+    return _option(str(path)).replace("%", "%%")
 
 
 def _option(value: str) -> str:

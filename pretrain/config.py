@@ -111,6 +111,7 @@ class SupervisionConfig(Settings):
     hang_seconds: Annotated[float, Field(gt=0)] | None = (
         None  # of silence of all ranks in a step; None: by how long steps take, 30 at least
     )
+    health_check: bool = True  # of arithmetic, memory and disk on every node, before each start of the ranks
     straggler_every: Annotated[int, Field(ge=0)] = 100  # steps between looks at how fast each rank is by itself; 0: never
     straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # times the median of all ranks
     on_failure: str | None = None  # shell commands, with REGROWTH_RUN and REGROWTH_MESSAGE set: when the run is given up

@@ -4,8 +4,10 @@ Whatever ends a run early - a signal, a full disk, a lost rank - leaves its newe
 """
 
 import hashlib
+import os
 import platform
 import signal
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -15,8 +17,9 @@ import torch
 from regrowth import __version__
 from regrowth.data_pipeline.corpora import open_corpora
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.errors import RankLost
+from regrowth.errors import RankLost, RunFailed
 from regrowth.files import exclusive, fingerprint
+from regrowth.parallel import health
 from regrowth.parallel.agree import check_same, on_every_rank, on_first_rank
 from regrowth.parallel.heartbeat import Heartbeat, explain, record_collectives
 from regrowth.parallel.mesh import choose_device, process_group
@@ -63,6 +66,8 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
     with process_group(device, config.run.timeout_seconds) as (rank, world_size):
         heart = heart or Heartbeat(folder / "logs", rank, world_size)
         heart.beat(0, "startup")
+        if config.supervision.health_check:
+            on_every_rank(lambda: _check_health(device, folder))
         corpus = on_every_rank(lambda: open_corpora(place, config.loader))
         check_same(identity(config, corpus))
         with ExitStack() as held:
@@ -75,6 +80,13 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
                 if told := explain(folder / "logs", error, rank):
                     raise RankLost(f"{folder}: {told}") from error
                 raise
+
+
+def _check_health(device: torch.device, folder: Path) -> None:
+    """Raises RunFailed with this host's name, if it is not fit to train."""
+    found = health.check(device, folder, only_arithmetic=os.environ.get("LOCAL_RANK", "0") != "0")
+    if found.faults:
+        raise RunFailed(f"{socket.gethostname()}: {'; '.join(found.faults)}. (supervision.health_check = false goes on all the same.)")
 
 
 def identity(config: RunConfig, corpus: Corpus) -> dict[str, str]:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -88,12 +89,13 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def down(self) -> None:
-        """Stop all daemons that were started."""
-        self.ask("scancel", "-u", "root")
-        time.sleep(0.5)
-        for pattern in ("slurmd-*.pid", "slurmctld.pid", "munged.pid"):
-            for path in self.folder.glob(pattern):
-                self._end(path, signal.SIGTERM)
+        """Cancel what is left, and end all daemons that were started."""
+        until = time.monotonic() + 30
+        while self.ask("squeue", "-h") and time.monotonic() < until:
+            self.ask("scancel", "-u", "root")
+            time.sleep(0.5)
+        for pid_file in self.folder.glob("*.pid"):  # nothing of theirs is worth keeping
+            self._end(pid_file)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_controller(self) -> None:
@@ -102,17 +104,17 @@ class SlurmCluster:
 
     def kill_controller(self) -> None:
         """Without a word, as a host that loses power."""
-        self._end(self.folder / "slurmctld.pid", signal.SIGKILL)
+        self._end(self.folder / "slurmctld.pid")
 
     def kill_node(self, node: str) -> None:
         """A node's daemon dies without a word, and with it what it started there."""
         steps = subprocess.run(["pgrep", "-f", "slurmstepd"], capture_output=True, text=True).stdout.split()
-        self._end(self.folder / f"slurmd-{node}.pid", signal.SIGKILL)
+        self._end(self.folder / f"slurmd-{node}.pid")
         for step in map(int, steps):
             below = _below(step)
             if any(f"SLURMD_NODENAME={node}" in _environment(pid) for pid in below):
                 for pid in (step, *below):
-                    _kill(pid, signal.SIGKILL)
+                    _kill(pid)
 
     def ask(self, *command: str) -> str:
         """What a client says; empty if it does not answer in time."""
@@ -125,15 +127,10 @@ class SlurmCluster:
         subprocess.run(command, env=self.environment, check=True, timeout=60, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)  # fmt: skip
 
-    def _end(self, pid_file: Path, number: signal.Signals) -> None:
-        if not pid_file.exists() or not (text := pid_file.read_text().strip()):
-            return
-        _kill(int(text), number)
-        until = time.monotonic() + 15
-        while Path(f"/proc/{text}").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-        _kill(int(text), signal.SIGKILL)
-        pid_file.unlink(missing_ok=True)
+    def _end(self, pid_file: Path) -> None:
+        with suppress(OSError, ValueError):
+            _kill(int(pid_file.read_text()))
+            pid_file.unlink()
 
 
 def _below(pid: int) -> list[int]:
@@ -153,8 +150,6 @@ def _environment(pid: int) -> list[str]:
         return []
 
 
-def _kill(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """What others on the machine and the cluster may see of a run."""
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from regrowth.errors import UserError
 from regrowth.launch.slurm import JobOptions, render
 from tests.faults.test_real_faults import workers
 from tests.launch.helpers import only_run, start, steps_done, submitted, wait_for, write_config
@@ -77,11 +79,16 @@ def test_a_folder_with_every_sign_of_the_shell_in_its_name_works_on_a_real_slurm
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
 
-@pytest.mark.parametrize("name", [NASTY, "-rf", "$HOME", "a;b", "a|b", "~", "*", "\\", "ü ß"])
+def test_a_backslash_is_refused_for_logs(documents: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a folder with a backslash in its name"):
+        render(str(write_config(tmp_path / "c.toml", documents, tmp_path / "a\\\\b")), [], JobOptions())
+
+
+@pytest.mark.parametrize("name", [NASTY, "-rf", "$HOME", "a;b", "a|b", "~", "*", "ü ß"])
 def test_every_user_string_is_one_word_of_the_shell(name: str, documents: Path, tmp_path: Path) -> None:
     """Bash itself is asked what the script's words are: `srun` is replaced by what prints its arguments."""
     config = write_config(tmp_path / f"c {name.replace('/', '')}.toml", documents, tmp_path)
-    override = f"run.folder={str(tmp_path / name)!r}"
+    override = f"run.folder={json.dumps(str(tmp_path / name))}"
     text, logs = render(str(config), [override], JobOptions())
     logs.parent.mkdir(parents=True, exist_ok=True)
     tools = tmp_path / "tools"

@@ -1,0 +1,98 @@
+"""Whether a node can be trusted: its arithmetic, its disk, the memory of its device, and what it takes to talk to the others.
+
+Cheap enough to be done before each start of a run; `regrowth doctor` shows the same with figures.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+_DISK_BYTES, _REDUCE_BYTES = 4 << 20, 4 << 20
+_LEAST_FREE = 0.8  # of a device's memory, before a run begins on it
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was found; `faults` are sentences with a remedy."""
+
+    faults: list[str]
+    write_megabytes_per_second: float
+    read_megabytes_per_second: float
+    reduce_gigabytes_per_second: float  # of one tensor through all ranks; 0 where there is one rank
+
+
+def check(device: torch.device, folder: Path, only_arithmetic: bool = False) -> Health:
+    """Look at this rank's device and at the disk under `folder`. All ranks of a group call it together.
+
+    Args:
+        only_arithmetic: leave the disk to another rank of the same node.
+    """
+    faults = [*arithmetic_faults(device), *_memory_faults(device)]
+    written = read = 0.0
+    if not only_arithmetic:
+        written, read, wrong = disk_speed(folder)
+        faults += wrong
+    return Health(faults, written, read, _reduce_speed(device))
+
+
+def arithmetic_faults(device: torch.device) -> list[str]:
+    """A product of small whole numbers, which every width of arithmetic here has exactly, against the same in integers."""
+    rows = torch.arange(256 * 512).reshape(256, 512)
+    left, right = rows % 17 - 8, (rows * 7 + rows // 31) % 13 - 6  # at most 8 * 6 * 512 < 2**15
+    exact = left @ right.T
+    for dtype in (torch.float32, torch.bfloat16):
+        found = left.to(device, dtype) @ right.to(device, dtype).T
+        expected = exact.to(dtype)  # sums are kept in fp32 and rounded once
+        if not torch.equal(found.cpu(), expected):
+            wrong = int((found.cpu() != expected).sum())
+            return [f"a product of matrices in {dtype} is wrong on {device} in {wrong} of {expected.numel()} places; take this node out"]
+    return []
+
+
+def _memory_faults(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    if free + held < _LEAST_FREE * total:
+        return [f"{device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; another process holds the rest (nvidia-smi names it)"]
+    return []
+
+
+def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
+    """(MB/s written with a sync, MB/s read back past the cache, faults) of some megabytes that are written, read back, compared and removed."""
+    path, data = folder / f".health-{os.getpid()}", os.urandom(_DISK_BYTES)
+    try:
+        began = time.perf_counter()
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        written = time.perf_counter()
+        same = path.read_bytes() == data
+        read = time.perf_counter()
+    except OSError as error:
+        return 0.0, 0.0, [f"{folder}: cannot be written ({error.strerror}); the run's checkpoints could not either"]
+    finally:
+        path.unlink(missing_ok=True)
+    megabytes = _DISK_BYTES / 1e6
+    faults = [] if same else [f"{folder}: what was written is not what is read back; the disk or its network is broken"]
+    return megabytes / max(written - began, 1e-9), megabytes / max(read - written, 1e-9), faults
+
+
+def _reduce_speed(device: torch.device) -> float:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0.0
+    tensor = torch.ones(_REDUCE_BYTES // 4, device=device)
+    dist.all_reduce(tensor)  # connects
+    began = time.perf_counter()
+    dist.all_reduce(tensor)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return _REDUCE_BYTES / 1e9 / max(time.perf_counter() - began, 1e-9)
