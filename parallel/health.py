@@ -40,10 +40,10 @@ def check(device: torch.device, folder: Path, only_arithmetic: bool = False) -> 
 
 
 def arithmetic_faults(device: torch.device) -> list[str]:
-    """A product of small whole numbers, which every width of arithmetic here has exactly, against the same in integers."""
+    """A product of small whole numbers, which every width of arithmetic here has exactly, against the same in double precision on the CPU."""
     rows = torch.arange(256 * 512).reshape(256, 512)
     left, right = rows % 17 - 8, (rows * 7 + rows // 31) % 13 - 6  # at most 8 * 6 * 512 < 2**15
-    exact = left @ right.T
+    exact = left.double() @ right.double().T
     for dtype in (torch.float32, torch.bfloat16):
         found = left.to(device, dtype) @ right.to(device, dtype).T
         expected = exact.to(dtype)  # sums are kept in fp32 and rounded once

@@ -18,14 +18,8 @@ from tests.faults.matrix import CELLS, GOES_ON, STOPS, TOLD, UNDISTURBED, WHEN, 
 from tests.launch.helpers import one_letter, only_run, regrowth, start, wait_for, write_config
 
 _INJECTED = Path(__file__).parent / "inject"
-# In the suite a subset in which each fault and each moment is; the rest is slow.
-COVERING = {
-    ("kill -9", "1", "checkpoint write"),
-    ("SIGSTOP", "0", "growth"),
-    ("exception", "0", "evaluation"),
-    ("exit code 1", "1", "optimizer step"),
-    ("SIGTERM", "launcher", "forward"),
-}
+# In the suite one of each way in which a rank can be lost; the rest is slow.
+COVERING = {("kill -9", "1", "checkpoint write"), ("SIGSTOP", "0", "growth"), ("exception", "0", "evaluation")}
 
 
 def configured(folder: Path, corpus: Corpus, **sections: Any) -> Path:

@@ -39,7 +39,8 @@ def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_after_kill_nine_of_a_worker_the_run_goes_on_by_itself_bit_for_bit(
     rank: int, undisturbed: list[float], documents: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_what_is_wrong_from_the_start_is_told_at_once(documents: Path, tmp_path:
     assert [e["event"] for e in only_run(tmp_path).rows("events")].count("failed") == 1
 
 
+@pytest.mark.slow
 def test_who_stops_a_run_between_two_starts_is_heard(documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, parallel={"micro_batch": 4},
                           supervision={"backoff_seconds": 600.0})  # fmt: skip
@@ -132,6 +134,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(undisturbed: list[float], do
     assert losses(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_ranks_behind(documents: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
     launcher = start("train", config)

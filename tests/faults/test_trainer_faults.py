@@ -180,6 +180,7 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_and_
     assert run.finished
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(documents: Path, tmp_path: Path) -> None:
     """Killed as soon as a half-written checkpoint is seen on disk."""
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, checkpoint={"every": 3, "keep": 2},

@@ -58,6 +58,7 @@ def test_a_run_is_watched_cancelled_and_taken_up_from_another_shell(
     assert row["state"] == "finished" and row["starts"] == 2 and row["failures"] == 0
 
 
+@pytest.mark.slow
 def test_logs_of_all_ranks_are_one_with_the_first_error_on_top(
     documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

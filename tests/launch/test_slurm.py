@@ -47,7 +47,7 @@ def test_user_strings_reach_the_command_as_they_are(tmp_path: Path) -> None:
     nasty = 'run.name=it\'s "$(touch pwned)" & more'
     text = script(overrides=[nasty])
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    command = text[text.index("-m regrowth") : text.index(" || status")]
+    command = text[text.index("-m regrowth ") : text.index(" || status")]
     assert shlex.split(command)[2:] == ["train", str((Path(__file__).parents[2] / "configs/quickstart.toml").resolve()), nasty]
 
 
@@ -56,7 +56,7 @@ def test_a_runs_folder_is_gone_on_with(documents: Path, tmp_path: Path) -> None:
     folder.mkdir()
     write_config(folder / "config.toml", documents, tmp_path)
     text = script(str(folder), ["checkpoint.keep=9"])
-    assert shlex.split(text[text.index("-m regrowth") : text.index(" || status")])[2:] == [
+    assert shlex.split(text[text.index("-m regrowth ") : text.index(" || status")])[2:] == [
         "train",
         "--resume",
         str(folder),

@@ -23,7 +23,6 @@ def _strike() -> None:
     match _FAULT["what"]:
         case "kill -9":
             os.kill(victim, signal.SIGKILL)
-            time.sleep(60)  # a launcher's ranks hear of it
         case "SIGTERM":
             os.kill(victim, signal.SIGTERM)
         case "SIGSTOP":
