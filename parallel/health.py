@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 _DISK_BYTES, _REDUCE_BYTES = 4 << 20, 4 << 20
 _LEAST_FREE = 0.8  # of a device's memory, before a run begins on it
+_MEMORY_SECONDS = 30.0  # until a killed process's memory is free
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,16 @@ def arithmetic_faults(device: torch.device) -> list[str]:
 def _memory_faults(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []
-    free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
-    if free + held < _LEAST_FREE * total:
-        return [f"{device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; another process holds the rest (nvidia-smi names it)"]
-    return []
+    until = time.monotonic() + _MEMORY_SECONDS
+    while True:
+        free, total = torch.cuda.mem_get_info(device)
+        if free + torch.cuda.memory_reserved(device) >= _LEAST_FREE * total:
+            return []
+        if time.monotonic() > until:
+            return [
+                f"{device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; another process holds the rest (nvidia-smi names it)"
+            ]
+        time.sleep(0.5)
 
 
 def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
