@@ -210,7 +210,7 @@ def _letter(folder: Path, codes: list[int | None], first: set[int]) -> RegrowthE
         if code is not None and code < 0 and rank not in written and code != -signal.SIGKILL:
             return RankLost(f"{folder}: rank {rank} was ended by {signal.Signals(-code).name}. {resume}")
     for kind in (UserError.exit_code, Stopped.exit_code):
-        if chosen := [letter.message for letter in left if letter.exit_code == kind]:
+        if chosen := [letter.message for letter in left if letter.exit_code == kind and not letter.echo]:
             return Stopped(chosen[0]) if kind == Stopped.exit_code else UserError(chosen[0])
     if own := [letter for letter in left if not letter.echo]:
         letter = min(own, key=lambda letter: (letter.mendable, letter.time))  # what no new start mends, before the rest

@@ -98,12 +98,17 @@ def _place(beat: Beat) -> tuple[int, int]:
     return beat.step, _PHASES.index(beat.phase) if beat.phase in _PHASES else len(_PHASES)
 
 
+def tells_of_a_lost_rank(told: str) -> bool:
+    """Whether an error's words are those of a collective that another rank did not come to."""
+    return any(sign in told for sign in (*_TIMEOUT, *_LOST))
+
+
 def explain(folder: Path, error: BaseException, rank: int) -> str | None:
     """A letter about a collective that failed on this rank: who was behind and where. None if the error is of another kind."""
     told = str(error)
-    timed_out = any(sign in told for sign in _TIMEOUT)
-    if not timed_out and not any(sign in told for sign in _LOST):
+    if not tells_of_a_lost_rank(told):
         return None
+    timed_out = any(sign in told for sign in _TIMEOUT)
     known = beats(folder)
     mine = next((beat for beat in known if beat.rank == rank), None)
     if mine is None:

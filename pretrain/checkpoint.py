@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
 from regrowth.parallel.agree import on_first_rank
+from regrowth.parallel.heartbeat import tells_of_a_lost_rank
 from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.model_config import ModelConfig
@@ -250,13 +251,16 @@ def load_tensors(folder: Path, into: dict[str, torch.Tensor], alone: bool = Fals
 
     Raises:
         UserError: a name or a shape is not the checkpoint's.
+        RuntimeError: another rank was lost meanwhile.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or not dist.is_initialized())
         except (Exception, CheckpointException) as error:
-            raise UserError(f"{folder}: does not fit the model: {reasons(error)[:600]}") from error
+            if tells_of_a_lost_rank(told := reasons(error)):
+                raise RuntimeError(told) from error
+            raise UserError(f"{folder}: does not fit the model: {told[:600]}") from error
 
 
 def load_plain(path: Path) -> tuple[CheckpointState, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
