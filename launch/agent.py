@@ -12,8 +12,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from regrowth.errors import RegrowthError
-from regrowth.files import write_text
 from regrowth.launch.hanging import Hanging
 from regrowth.launch.supervise import note_loss
 from regrowth.pretrain.run_folder import RunFolder
@@ -33,33 +31,52 @@ def main() -> None:
 
 
 def _watch(note: Path) -> None:
-    first_node, hanging, starts = os.environ.get("SLURM_NODEID", "0") == "0", None, set()
-    answered = _asked_at(note)
+    first_node = os.environ.get("SLURM_NODEID", "0") == "0"
+    if first_node:
+        with suppress(OSError):  # there from the start, and rewritten in its place: network file systems remember what was not there
+            _request(note).touch()
+    answered, hanging, watched = _asked_at(note), None, list[int]()
     while True:
         time.sleep(_LOOK_SECONDS)
-        workers = ranks_here()
-        if (asked := _asked_at(note)) != answered:  # by the first node
-            answered = asked
-            for pid in workers:
+        try:
+            workers = ranks_here()
+            if (asked := _asked_at(note)) != answered:  # by the first node
+                answered = asked
+                ask_for_stacks(workers)
+            if first_node and note.exists():
+                if workers != watched:  # torchrun has started them anew
+                    hanging, watched = None, workers
+                run = RunFolder.open(Path(note.read_text(encoding="utf-8")))
+                hanging = hanging or Hanging(run.path, run.config())
+                if workers and (told := hanging()):
+                    hanging = None
+                    _end(run, workers, told, _request(note))
+        except Exception as error:  # a watcher that fails must not end what it watches
+            print(f"regrowth's watch for hangs: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            time.sleep(30)
+
+
+def _end(run: RunFolder, workers: list[int], told: str, request: Path) -> None:
+    try:
+        print(f"{run.path}: {told}", file=sys.stderr, flush=True)
+        request.write_text(str(time.time()), encoding="utf-8")
+        time.sleep(_STACKS_SECONDS)  # this node's ranks answer in the next look, or now
+        ask_for_stacks(workers)
+        time.sleep(_LOOK_SECONDS)
+        note_loss(run, f"{run.path}: {told} The stacks are in {run.path}/logs.")
+    finally:
+        for pid in workers:
+            _send(pid, signal.SIGKILL)
+
+
+def ask_for_stacks(workers: list[int]) -> None:
+    """SIGUSR2 to those that listen to it; others, which have only just begun, would die of it."""
+    for pid in workers:
+        with suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
+            if caught >> (signal.SIGUSR2 - 1) & 1:
                 _send(pid, signal.SIGUSR2)
-        if not first_node or not note.exists():
-            continue
-        if set(workers) != starts:  # torchrun has started them anew
-            hanging, starts = None, set(workers)
-        with suppress(RegrowthError, OSError, ValueError):  # a watcher that fails must not end what it watches
-            run = RunFolder.open(Path(note.read_text(encoding="utf-8")))
-            hanging = hanging or Hanging(run.path, run.config())
-            if workers and (told := hanging()):
-                print(f"{run.path}: {told}", file=sys.stderr, flush=True)
-                write_text(_request(note), str(time.time()))
-                time.sleep(_STACKS_SECONDS)
-                for pid in workers:
-                    _send(pid, signal.SIGUSR2)
-                time.sleep(_LOOK_SECONDS)
-                note_loss(run, f"{run.path}: {told} The stacks are in {run.path}/logs.")
-                answered, hanging = _asked_at(note), None
-                for pid in workers:
-                    _send(pid, signal.SIGKILL)
 
 
 def ranks_here() -> list[int]:

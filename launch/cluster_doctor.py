@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +24,12 @@ _SKEW_SECONDS = 5.0  # that clocks may differ: logs of all nodes are merged by t
 _PROBE = """
 import json, socket, subprocess, sys, time
 done = subprocess.run([sys.executable, "-m", "regrowth", "doctor", "--json"], capture_output=True, text=True)
+try:  # short, for lines of many nodes come through one pipe
+    rows = [row for row in json.loads(done.stdout) if row["level"] == "fault" or row["check"] in sys.argv[1].split(",")]
+except ValueError:
+    rows = None
 print(json.dumps({"host": socket.gethostname(), "node": __import__("os").environ.get("SLURMD_NODENAME", ""), "clock": time.time(),
-                  "findings": done.stdout, "error": done.stderr[-500:]}), flush=True)
+                  "findings": rows, "error": done.stderr[-200:]}), flush=True)
 """
 _ALIKE = ("python", "torch", "nccl", "gpu driver", "gpu 0")
 
@@ -38,7 +44,7 @@ def cluster_doctor(as_json: bool, nodes: int, partition: str | None) -> int:
         raise UserError("doctor --cluster: no srun on this machine. Run it on the cluster's login node or in a job.")
     count = nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", *([f"--partition={partition}"] if partition else []),
-               sys.executable, "-c", _PROBE]  # fmt: skip
+               sys.executable, "-c", _PROBE, ",".join(_ALIKE)]  # fmt: skip
     answers, errors = _ask(command)
     if not answers:
         raise UserError(f"doctor --cluster: no node answered: {errors or f'not within {_PATIENCE} s; are {count} free? sinfo tells'}")
@@ -53,23 +59,30 @@ def cluster_doctor(as_json: bool, nodes: int, partition: str | None) -> int:
 
 def _ask(command: list[str]) -> tuple[list[dict[str, Any]], str]:
     """What each node says, with how far its clock is from this one's, and what Slurm complains of."""
-    asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    patience = threading.Timer(_PATIENCE, asked.kill)
-    patience.start()
-    assert asked.stdout and asked.stderr
-    # Each as soon as it is there: its clock was read a moment before.
-    answers = [{**(answer := json.loads(line)), "skew": answer["clock"] - time.time()} for line in asked.stdout if line.startswith("{")]
-    errors = asked.stderr.read().strip()
-    asked.wait()
-    patience.cancel()
-    return answers, errors[-500:]
+    answers: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile("w+") as complaints:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True)
+        patience = threading.Timer(_PATIENCE, asked.kill)
+        patience.start()
+        try:
+            assert asked.stdout
+            for line in asked.stdout:  # each as soon as it is there: its clock was read a moment before
+                with suppress(ValueError, KeyError, TypeError):  # what else nodes print
+                    answer = json.loads(line)
+                    answers.append({**answer, "skew": answer["clock"] - time.time()})
+            asked.wait()
+        finally:
+            patience.cancel()
+            asked.kill()
+        complaints.seek(0)
+        return answers, complaints.read().strip()[-500:]
 
 
 def compare(answers: list[dict[str, Any]], expected: int) -> list[Finding]:
     """What is wrong on a node, and where nodes differ from most of the others.
 
     Args:
-        answers: of the nodes: node, host, skew (seconds by which its clock is ahead of this host's), findings (JSON).
+        answers: of the nodes: node, host, skew (seconds by which its clock is ahead of this host's), findings.
         expected: how many nodes were asked.
     """
     found: list[Finding] = []
@@ -78,13 +91,12 @@ def compare(answers: list[dict[str, Any]], expected: int) -> list[Finding]:
     values: dict[str, dict[str, str]] = {}
     for answer in answers:
         node = answer["node"] or answer["host"]
-        try:
-            rows = [Finding(**row) for row in json.loads(answer["findings"])]
-        except ValueError:
+        if answer["findings"] is None:
             found.append(
                 Finding(node, "fault", f"the doctor did not run: {answer['error'].strip()}", "install regrowth where every node sees it")
             )
             continue
+        rows = [Finding(**row) for row in answer["findings"]]
         found += [Finding(f"{node}: {row.check}", row.level, row.found, row.remedy) for row in rows if row.level == "fault"]
         for row in rows:
             if row.check in _ALIKE:

@@ -66,6 +66,7 @@ class Hanging:
         return self._stepped
 
     def _read(self) -> None:
+        self.steps.skip_what_was_rewound()
         new = [row["seconds"] for row in self.steps.new_rows()]
         self.seconds += new
         self._stepped |= bool(new)

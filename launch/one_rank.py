@@ -40,14 +40,14 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     if run:
         config = run.config()
     if again and run:
-        if run.replanned:  # the job's script goes on with it
+        if run.replanned or run.finished:  # the job's script goes on with it; or a rank was lost on its way out
             return
-        # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (last := final_letter(run.path)):
-            raise last
         _refuse_a_changed_config(run, asked)
 
     def set_up() -> tuple[Path, str]:
+        # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
+        if again and run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (last := final_letter(run.path)):
+            raise last
         place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
         folder = run or RunFolder.create(config)
         if run is None:
@@ -107,9 +107,10 @@ def _note_of_this_job(config: RunConfig) -> Path | None:
 
 
 def _run_of_this_job(config: RunConfig) -> RunFolder | None:
-    """The run that this job has begun and not finished, when it or its ranks are started again. A job may train several, one after the other."""
+    """The run that this job has begun, when it or its ranks are started again. A job may train several, one after the other: one that was finished before counts no more."""
     note = _note_of_this_job(config)
     if note is None or not note.exists():
         return None
     run = RunFolder.open(Path(note.read_text(encoding="utf-8")))
-    return run if run.config().run.name == config.run.name and not run.finished else None
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return run if run.config().run.name == config.run.name and (restarted or not run.finished) else None

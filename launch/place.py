@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import socket
 import time
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regrowth.files import read_json, write_json
+from regrowth.launch.local import letters
 from regrowth.parallel.heartbeat import beats
 from regrowth.pretrain.run_folder import RunFolder
 
@@ -39,9 +41,12 @@ def note_place(run: RunFolder, by: Literal["local", "slurm", "torchrun"], **more
 
 
 def place_of(run: RunFolder) -> Place | None:
-    """The last note; None for a run of an older version."""
+    """The last note; None for a run of another version."""
     path = run.path / "launch.json"
-    return Place(**read_json(path)) if path.exists() else None
+    try:
+        return Place(**read_json(path)) if path.exists() else None
+    except TypeError:
+        return None
 
 
 def last_sign(run: RunFolder) -> float | None:
@@ -62,8 +67,7 @@ def state_of(run: RunFolder, queue: dict[str, dict[str, int]]) -> tuple[State, s
         return ("running" if told.startswith(("running", "completing")) else "waiting"), f"Slurm job {place.job}, {told}"
     if place and not place.job:
         if place.host != socket.gethostname():
-            ago = last_sign(run)
-            if not run.finished and ago is not None and ago < 60:
+            if not run.finished and not _end_of(run) and (ago := last_sign(run)) is not None and ago < _silence(run):
                 return "elsewhere", f"on {place.host}, last sign {ago:.0f} s ago"
         elif _held(lock_of(run)) or (place.by == "torchrun" and _held(run.path / ".lock")):
             return "running", f"process {place.pid} on this machine"
@@ -71,10 +75,28 @@ def state_of(run: RunFolder, queue: dict[str, dict[str, int]]) -> tuple[State, s
             return "ending", "its launcher is gone; its ranks write a checkpoint and end"
     if run.finished:
         return "finished", ""
-    last = next((event for event in reversed(run.rows("events")) if event["event"] in ("stopped", "failed", "cancelled")), None)
-    if last and run.ended_by("stopped", "failed", "cancelled", "command run", "requeued"):
+    if last := _end_of(run):
         return ("failed", str(last["reason"])) if last["event"] == "failed" else ("stopped", f"at step {last.get('step', 0)}")
+    if said := [letter for letter in letters(run.path) if not letter.echo]:
+        return "failed", said[0].message
+    if place and place.job and not shutil.which("squeue") and (ago := last_sign(run)) is not None and ago < _silence(run):
+        return "elsewhere", f"Slurm job {place.job}, last sign {ago:.0f} s ago; Slurm cannot be asked here"
     return "lost", "it neither runs nor said why it ended"
+
+
+def _silence(run: RunFolder) -> float:
+    """Seconds for which a run that lives may say nothing."""
+    return run.config().run.timeout_seconds + 60.0
+
+
+def _end_of(run: RunFolder) -> dict[str, Any] | None:
+    """The event that tells how the last start ended."""
+    for event in reversed(run.rows("events")):
+        if event["event"] in ("stopped", "failed", "cancelled", "replanned"):
+            return event
+        if event["event"] in ("started", "resumed", "finished", "ranks started", "nodes checked"):
+            return None
+    return None
 
 
 def _held(path: Path) -> bool:

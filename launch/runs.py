@@ -32,7 +32,14 @@ def status(folder: Path, as_json: bool) -> None:
         raise UserError(f"{folder}: neither a run's folder nor a folder of runs.")
     places = [place_of(run) for run in runs]
     queue = queued([place.job for place in places if place and place.job])
-    rows = [_row(run, place, queue) for run, place in zip(runs, places, strict=True)]
+    rows = []
+    for run, place in zip(runs, places, strict=True):
+        try:
+            rows.append(_row(run, place, queue))
+        except UserError as error:  # of another version
+            if len(runs) == 1:
+                raise
+            Console(stderr=True).print(f"note: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

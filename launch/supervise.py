@@ -34,15 +34,27 @@ def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) 
         RunFailed, UserError: what no new start mends.
     """
     refusal = f"{run.path}: another process is running this run. Wait for it, or stop it first: regrowth launch cancel {run.path}"
-    try:
-        with exclusive(lock_of(run), refusal), StopSignals() as asked:
-            note_place(run, "local")
-            _start_until_done(run, config, corpus, console, asked)
-    except RegrowthError as error:
-        if not isinstance(error, Stopped):
-            _tell(config.supervision.on_failure, run, str(error), console)
-        raise
-    _tell(config.supervision.on_end, run, f"{run.path}: finished.", console)
+    with exclusive(lock_of(run), refusal):
+        note_place(run, "local")
+        try:
+            with StopSignals() as asked:
+                _start_until_done(run, config, corpus, console, asked)
+        except RegrowthError as error:
+            _note_end(run, error)
+            if not isinstance(error, Stopped):
+                _tell(config.supervision.on_failure, run, str(error), console)
+            raise
+        _tell(config.supervision.on_end, run, f"{run.path}: finished.", console)
+
+
+def _note_end(run: RunFolder, error: RegrowthError) -> None:
+    """Write down an end that the ranks have not written down themselves."""
+    if run.ended_by(*KNOWN_ENDS):
+        return
+    if isinstance(error, Stopped):
+        run.log("events", {"event": "stopped", "time": time.time(), "step": max(run.checkpointed, 0)})
+    else:
+        note_loss(run, str(error))
 
 
 def may_go_on(run: RunFolder) -> bool:

@@ -18,6 +18,11 @@ class LogTail:
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, path.stat().st_size if path.exists() else 0
 
+    def skip_what_was_rewound(self) -> None:
+        """If rows were taken back since the last look, those that are left are no news."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        self.offset = min(self.offset, size)
+
     def new_rows(self) -> list[dict[str, Any]]:
         """Whole new lines, parsed."""
         if not self.path.exists():

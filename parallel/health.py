@@ -4,14 +4,16 @@ Cheap enough to be done before each start of a run; `regrowth doctor` shows the 
 """
 
 import os
+import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-_DISK_BYTES, _REDUCE_BYTES = 4 << 20, 4 << 20
+_DISK_BYTES, _REDUCE_BYTES = 4 << 20, 4 << 20  # small: they are moved before every start
 _LEAST_FREE = 0.8  # of a device's memory, before a run begins on it
 _MEMORY_SECONDS = 30.0  # until a killed process's memory is free
 
@@ -21,33 +23,35 @@ class Health:
     """What was found; `faults` are sentences with a remedy."""
 
     faults: list[str]
-    write_megabytes_per_second: float
-    read_megabytes_per_second: float
-    reduce_gigabytes_per_second: float  # of one tensor through all ranks; 0 where there is one rank
+    write_megabytes_per_second: float = 0.0
+    read_megabytes_per_second: float = 0.0
 
 
 def check(device: torch.device, folder: Path, only_arithmetic: bool = False) -> Health:
-    """Look at this rank's device and at the disk under `folder`. All ranks of a group call it together.
+    """Look at this rank's device and at the disk under `folder`, without talking to other ranks. What a device raises is a fault, too.
 
     Args:
         only_arithmetic: leave the disk to another rank of the same node.
     """
-    faults = [*arithmetic_faults(device), *_memory_faults(device)]
-    written = read = 0.0
-    if not only_arithmetic:
-        written, read, wrong = disk_speed(folder)
-        faults += wrong
-    return Health(faults, written, read, _reduce_speed(device))
+    try:
+        faults = _memory_faults(device) or arithmetic_faults(device)
+    except Exception as error:  # of a device that is broken, whatever it calls it
+        faults = [f"{device}: {type(error).__name__}: {error}"]
+    if only_arithmetic:
+        return Health(faults)
+    written, read, wrong = disk_speed(folder)
+    return Health([*faults, *wrong], written, read)
 
 
 def arithmetic_faults(device: torch.device) -> list[str]:
     """A product of small whole numbers, which every width of arithmetic here has exactly, against the same in double precision on the CPU."""
-    rows = torch.arange(256 * 512).reshape(256, 512)
-    left, right = rows % 17 - 8, (rows * 7 + rows // 31) % 13 - 6  # at most 8 * 6 * 512 < 2**15
+    rows = torch.arange(256 * 256).reshape(256, 256)
+    # -1, 0 and 1, 256 of them: bf16 has every partial sum exactly, in whatever order and width they are added.
+    left, right = (rows + rows // 17) % 3 - 1, (rows * 7 + rows // 31) % 3 - 1
     exact = left.double() @ right.double().T
     for dtype in (torch.float32, torch.bfloat16):
         found = left.to(device, dtype) @ right.to(device, dtype).T
-        expected = exact.to(dtype)  # sums are kept in fp32 and rounded once
+        expected = exact.to(dtype)
         if not torch.equal(found.cpu(), expected):
             wrong = int((found.cpu() != expected).sum())
             return [f"a product of matrices in {dtype} is wrong on {device} in {wrong} of {expected.numel()} places; take this node out"]
@@ -71,7 +75,7 @@ def _memory_faults(device: torch.device) -> list[str]:
 
 def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
     """(MB/s written with a sync, MB/s read back past the cache, faults) of some megabytes that are written, read back, compared and removed."""
-    path, data = folder / f".health-{os.getpid()}", os.urandom(_DISK_BYTES)
+    path, data = folder / f".health-{secrets.token_hex(8)}", os.urandom(_DISK_BYTES)  # many nodes share the folder
     try:
         began = time.perf_counter()
         with path.open("wb") as file:
@@ -83,16 +87,18 @@ def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
         written = time.perf_counter()
         same = path.read_bytes() == data
         read = time.perf_counter()
+        path.unlink()
     except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return 0.0, 0.0, [f"{folder}: cannot be written ({error.strerror}); the run's checkpoints could not either"]
-    finally:
-        path.unlink(missing_ok=True)
     megabytes = _DISK_BYTES / 1e6
     faults = [] if same else [f"{folder}: what was written is not what is read back; the disk or its network is broken"]
     return megabytes / max(written - began, 1e-9), megabytes / max(read - written, 1e-9), faults
 
 
-def _reduce_speed(device: torch.device) -> float:
+def reduce_speed(device: torch.device) -> float:
+    """GB/s of one tensor through all ranks, which call this together; 0 where there is one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return 0.0
     tensor = torch.ones(_REDUCE_BYTES // 4, device=device)

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -45,14 +46,18 @@ class Heartbeat:
                 if int(path.stem.removeprefix("rank-")) >= world_size:
                     path.unlink(missing_ok=True)
 
-    def beat(self, step: int, phase: Phase) -> None:
-        """Say what this rank begins to do now."""
+    def beat(self, step: int, phase: Phase, seen_from_afar: bool = False) -> None:
+        """Say what this rank begins to do now. `seen_from_afar`: other hosts that share the file system must know at once."""
         with self._changing:
             self._at = step, phase
-            self._write()
+            self._write(seen_from_afar)
             if phase in PULSED and self._thread is None:
                 self._thread = threading.Thread(target=self._pulse, name="pulse", daemon=True)
                 self._thread.start()
+
+    def enter(self, phase: Phase) -> None:
+        """Another phase of the same step."""
+        self.beat(self._at[0] if self._at else 0, phase)
 
     def close(self) -> None:
         """Give no further sign."""
@@ -66,13 +71,16 @@ class Heartbeat:
                 if self._at is None or self._at[1] not in PULSED:
                     self._thread = None
                     return
-                self._write()
+                self._write(seen_from_afar=True)
 
-    def _write(self) -> None:
+    def _write(self, seen_from_afar: bool = False) -> None:
         assert self._at is not None
         step, phase = self._at
         row = json.dumps({"rank": self.rank, "step": step, "phase": phase, "time": time.time(), "host": self._host})
         os.pwrite(self._file.fileno(), row.encode().ljust(256), 0)
+        if seen_from_afar:  # network file systems write back when they like
+            with suppress(OSError):
+                os.fsync(self._file.fileno())
 
 
 def record_collectives(folder: Path) -> None:
@@ -88,7 +96,7 @@ def beats(folder: Path) -> list[Beat]:
     for path in folder.glob("rank-*.beat"):
         try:
             found.append(Beat(**json.loads(path.read_bytes())))
-        except (ValueError, TypeError):
+        except (OSError, ValueError, TypeError):  # taken away, or half written, in this moment
             continue
     return sorted(found, key=lambda beat: beat.rank)
 

@@ -22,14 +22,15 @@ class Stamped(io.TextIOBase):
     def write(self, text: str) -> int:
         """Print."""
         with self._writing:
-            for line in text.splitlines(keepends=True):
-                self.log.write(_stamp() + line if self._fresh else line)
-                self._fresh = line.endswith("\n")
-            self.log.flush()  # a killed rank's last words count
             if self.also:
                 with suppress(OSError, ValueError):
                     self.also.write(text)
                     self.also.flush()
+            with suppress(OSError, ValueError):  # a full disk must not end what only wanted to tell something
+                for line in text.splitlines(keepends=True):
+                    self.log.write(_stamp() + line if self._fresh else line)
+                    self._fresh = line.endswith("\n")
+                self.log.flush()  # a killed rank's last words count
         return len(text)
 
     def flush(self) -> None:

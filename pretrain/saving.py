@@ -1,5 +1,6 @@
 """When a run's checkpoints are written, and what is told of them; how, is `background`'s and `checkpoint`'s."""
 
+from collections.abc import Callable
 from typing import NoReturn
 
 from regrowth.errors import RunFailed
@@ -17,10 +18,11 @@ class Saving:
 
     Args:
         at: the step of the checkpoint that the run starts from, -1 without one.
+        pruning: called before old checkpoints are removed, which may take long.
     """
 
-    def __init__(self, config: RunConfig, records: Records, at: int) -> None:
-        self.config, self.records, self.at = config, records, at
+    def __init__(self, config: RunConfig, records: Records, at: int, pruning: Callable[[], None]) -> None:
+        self.config, self.records, self.at, self.pruning = config, records, at, pruning
         self.background = BackgroundSaver(config.parallel.world_size, config.run.timeout_seconds)
 
     def save(self, step: int, session: Session, guard: dict[str, float], wait: bool = False) -> None:
@@ -61,6 +63,7 @@ class Saving:
 
     def _note(self, saved: Saved) -> None:
         if self.records.rank == 0:
+            self.pruning()
             prune(self.records.run.path, self.config.checkpoint.keep)
         seconds, stall = round(saved.write_seconds, 3), round(saved.stall_seconds, 3)
         self.records.event("checkpoint", step=saved.step, path=saved.path.name, seconds=seconds, stall=stall)

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -67,7 +68,14 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
         heart = heart or Heartbeat(folder / "logs", rank, world_size)
         heart.beat(0, "startup")
         if config.supervision.health_check:
-            on_every_rank(lambda: _check_health(device, folder))
+            found = on_every_rank(lambda: _check_health(device, folder))
+            speed = health.reduce_speed(device)
+            if rank == 0:
+                told = {
+                    "disk_megabytes_per_second": round(found.write_megabytes_per_second),
+                    "reduce_gigabytes_per_second": round(speed, 3),
+                }
+                run.log("events", {"event": "nodes checked", "time": time.time(), **told})
         corpus = on_every_rank(lambda: open_corpora(place, config.loader))
         check_same(identity(config, corpus))
         with ExitStack() as held:
@@ -82,11 +90,12 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
                 raise
 
 
-def _check_health(device: torch.device, folder: Path) -> None:
+def _check_health(device: torch.device, folder: Path) -> health.Health:
     """Raises RunFailed with this host's name, if it is not fit to train."""
     found = health.check(device, folder, only_arithmetic=os.environ.get("LOCAL_RANK", "0") != "0")
     if found.faults:
         raise RunFailed(f"{socket.gethostname()}: {'; '.join(found.faults)}. (supervision.health_check = false goes on all the same.)")
+    return found
 
 
 def identity(config: RunConfig, corpus: Corpus) -> dict[str, str]:

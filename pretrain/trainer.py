@@ -64,7 +64,7 @@ class Trainer:
             checkpoint = on_first_rank(self._where_to_start)
         self.plan.follow(checkpoint)
         self.session = Session(self.config, corpus, self.plan.mesh, checkpoint)
-        self.saving = Saving(self.config, self.records, self.session.step if checkpoint else -1)
+        self.saving = Saving(self.config, self.records, self.session.step if checkpoint else -1, lambda: self.heart.enter("checkpoint"))
         if checkpoint:
             self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
         self.records.decided_by(self.session.step, self.session.loader)
@@ -192,7 +192,7 @@ class Trainer:
     def _waiting(self, step: int, seconds: float) -> None:
         """Waiting for data is no hang, up to the time that one waits for anything."""
         if seconds < self.config.run.timeout_seconds:
-            self.heart.beat(step, "data")
+            self.heart.beat(step, "data", seen_from_afar=True)
 
     def _account(self, ids: list[int], tokens: int, length: int) -> None:
         """Write what the step consumed into the lineage."""
@@ -238,6 +238,7 @@ class Trainer:
 
     def _rewind(self, step: int) -> int:
         """Return to the newest checkpoint from before the outliers began, with the loader where it is now: the data in between is not read again."""
+        self.heart.beat(step, "loading")
         first = step - self.guard.in_a_row
         if self.rewound_to >= 0 and self.session.step == self.rewound_to:  # that one did not help: further back
             first = min(first, self.rewound_to - 1)
@@ -252,7 +253,6 @@ class Trainer:
             self.records.event("not rewound", step=step, reason=f"no checkpoint from before step {first}")
             return step
         rewinds, cursors = self.guard.rewinds + 1, self.session.loader.cursors_before(step)
-        self.heart.beat(step, "loading")
         self._begin_session(checkpoint)
         self.session.loader.cursors = cursors
         self.guard.load_state_dict({**self.session.trainer_state.get("guard", {}), "in_a_row": 0, "rewinds": rewinds})

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from regrowth.errors import RankLost, RegrowthError
@@ -47,9 +48,9 @@ def leave_letter(folder: Path, error: BaseException) -> int:
         code, message, mendable = error.exit_code, str(error), isinstance(error, RankLost)
     elif isinstance(error, KeyboardInterrupt):
         code, message, mendable = 75, f"{folder}: interrupted; resume with: regrowth train --resume {folder}", False
-    letter_of(folder).write_text(
-        json.dumps({"exit_code": code, "message": message, "mendable": mendable, "time": time.time()}), encoding="utf-8"
-    )
+    letter = {"exit_code": code, "message": message, "mendable": mendable, "time": time.time()}
+    with suppress(OSError):  # on a full disk its log, or the job's, is left
+        letter_of(folder).write_text(json.dumps(letter), encoding="utf-8")
     return code
 
 
@@ -66,8 +67,9 @@ def main() -> int:
         train(folder, corpus, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), heart)
         return 0
     except BaseException as error:
+        code = leave_letter(folder, error)
         traceback.print_exc()
-        return leave_letter(folder, error)
+        return code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,14 @@ def exclusive(path: Path, refusal: str | None = None) -> Iterator[None]:
         UserError: `refusal`, if it is given and another process holds the lock; without it, wait.
     """
     with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError as error:
-            raise UserError(refusal or "") from error
+        for left in (20, *reversed(range(20))):  # who only looks whether it is held holds it for a moment
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+                break
+            except BlockingIOError as error:
+                if not left:
+                    raise UserError(refusal or "") from error
+                time.sleep(0.05)
         yield
 
 

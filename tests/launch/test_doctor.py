@@ -1,6 +1,5 @@
 """The doctor of a cluster: nodes that are ill, differ, or do not answer are named; arithmetic and disks that lie are found."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tests.slurm_cluster import SlurmCluster
 
 
 def answer(node: str, *rows: Finding, skew: float = 0.01) -> dict[str, Any]:
-    return {"node": node, "host": "h", "skew": skew, "findings": json.dumps([asdict(row) for row in rows]), "error": "no such file"}
+    return {"node": node, "host": "h", "skew": skew, "findings": [asdict(row) for row in rows], "error": "no such file"}
 
 
 def test_nodes_that_differ_are_named() -> None:
@@ -31,7 +30,7 @@ def test_nodes_that_differ_are_named() -> None:
     ]
     assert all(f.level == "fault" and f.remedy for f in found)
     assert compare([answer("n1", good), answer("n2", good)], 2) == []
-    broken = {**answer("n1"), "findings": ""}
+    broken = {**answer("n1"), "findings": None}
     assert [(f.check, f.found) for f in compare([broken], 1)] == [("n1", "the doctor did not run: no such file")]
 
 
