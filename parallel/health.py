@@ -3,6 +3,7 @@
 Cheap enough to be done before each start of a run; `regrowth doctor` shows the same with figures.
 """
 
+import errno
 import os
 import secrets
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-_DISK_BYTES, _REDUCE_BYTES = 4 << 20, 4 << 20  # small: they are moved before every start
+_DISK_BYTES, _REDUCE_BYTES = 1 << 18, 4 << 20  # small: they are moved before every start
 _LEAST_FREE = 0.8  # of a device's memory, before a run begins on it
 _MEMORY_SECONDS = 30.0  # until a killed process's memory is free
 
@@ -74,7 +75,10 @@ def _memory_faults(device: torch.device) -> list[str]:
 
 
 def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
-    """(MB/s written with a sync, MB/s read back past the cache, faults) of some megabytes that are written, read back, compared and removed."""
+    """(MB/s written with a sync, MB/s read back past the cache, faults) of random bytes that are written, read back, compared and removed.
+
+    A disk that is full is no fault here: what needs the room says how much.
+    """
     path, data = folder / f".health-{secrets.token_hex(8)}", os.urandom(_DISK_BYTES)  # many nodes share the folder
     try:
         began = time.perf_counter()
@@ -91,6 +95,8 @@ def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
     except OSError as error:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return 0.0, 0.0, []
         return 0.0, 0.0, [f"{folder}: cannot be written ({error.strerror}); the run's checkpoints could not either"]
     megabytes = _DISK_BYTES / 1e6
     faults = [] if same else [f"{folder}: what was written is not what is read back; the disk or its network is broken"]
