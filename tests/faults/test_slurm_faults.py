@@ -98,9 +98,9 @@ def test_a_controller_that_is_killed_and_started_again_is_not_noticed_by_a_run(
 
 
 def test_ranks_that_hang_in_a_job_are_found_and_started_again(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 200}, supervision={"hang_seconds": 5.0}, **TWO)
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 400}, supervision={"hang_seconds": 5.0}, **TWO)
     job, logs = submitted(config, minutes=10)
-    wait_for(lambda: steps_done(tmp_path) > 12, seconds=150)
+    wait_for(lambda: steps_done(tmp_path) > 80, seconds=150)  # of which the watch, which begins a moment later, has seen ten
     run = only_run(tmp_path)
     os.kill(max(ranks_on_this_host(run)), signal.SIGSTOP)
     wait_for(lambda: happened(tmp_path, "resumed"), seconds=120)
@@ -108,5 +108,5 @@ def test_ranks_that_hang_in_a_job_are_found_and_started_again(cluster: SlurmClus
     assert "hung: no rank did anything for" in failed["reason"], failed
     assert any("forward_backward" in (run.path / f"logs/rank-{rank}.log").read_text() for rank in (0, 1)), "where the other one waited"
     wait_for(lambda: run.finished, seconds=150)
-    assert len(run.rows("metrics")) == 200 and len(list(logs.glob("*.log"))) == 1 and not happened(tmp_path, "requeued")
+    assert len(run.rows("metrics")) == 400 and len(list(logs.glob("*.log"))) == 1 and not happened(tmp_path, "requeued")
     wait_for(lambda: state(cluster, job) == "COMPLETED", seconds=60)
