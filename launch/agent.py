@@ -51,6 +51,7 @@ def _watch(note: Path) -> None:
                 if workers and (told := hanging()):
                     hanging = None
                     _end(run, workers, told, _request(note))
+                    answered = _asked_at(note)
         except Exception as error:  # a watcher that fails must not end what it watches
             print(f"regrowth's watch for hangs: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             time.sleep(30)

@@ -16,6 +16,8 @@ from rich.table import Table
 
 from regrowth.errors import install_command
 
+_DISK_BYTES = 16 << 20  # enough to tell a disk's speed from its latency
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -114,13 +116,13 @@ def _health() -> list[Finding]:
     """What a run looks at before it starts, with figures."""
     import torch
 
-    from regrowth.parallel.health import arithmetic_faults, disk_speed
+    from regrowth.parallel.health import device_faults, disk_speed
 
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    faults = [fault for device in devices for fault in arithmetic_faults(device)]
-    findings = [Finding("arithmetic", "fault" if faults else "ok", "; ".join(faults) or "products of matrices are exact on each device",
+    faults = [fault for device in devices for fault in device_faults(device)]
+    findings = [Finding("devices", "fault" if faults else "ok", "; ".join(faults) or "memory is free, and products of matrices are exact on each",
                         "take this node out" if faults else "")]  # fmt: skip
-    written, read, wrong = disk_speed(Path.cwd())
+    written, read, wrong = disk_speed(Path.cwd(), _DISK_BYTES)
     speeds = f"{written:.0f} MB/s written and synced, {read:.0f} MB/s read"
     findings.append(Finding("disk speed here", "fault" if wrong else "ok", "; ".join(wrong) or speeds, "use another disk" if wrong else ""))
     return findings

@@ -67,7 +67,7 @@ def status(
 def logs(
     run: Run,
     rank: Annotated[list[int] | None, typer.Option(help="Only of this rank; may be repeated.", min=0)] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many; 0: all.", min=0)] = 200,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many; 0: all of the last 64 MB.", min=0)] = 200,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and print what comes until the run ends.")] = False,
 ) -> None:
     """The logs of all ranks and the run's events, merged by time; the first error on top."""

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped, UserError
+from regrowth.parallel.heartbeat import SIGNS_OF_A_LOST_RANK
 
-_SIGNS_OF_A_LOST_NEIGHBOUR = (
-    "Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "DistStoreError", "DistNetworkError"
-)  # fmt: skip
+_SIGNS_OF_AN_ECHO = (*SIGNS_OF_A_LOST_RANK, "gloo", "NCCL", "DistStoreError", "DistNetworkError")
 _GRACE_SECONDS = 120.0  # to finish a step and write a checkpoint after a request to stop
 
 
@@ -40,7 +39,7 @@ class Letter(NamedTuple):
     @property
     def echo(self) -> bool:
         """Whether it only tells of a neighbour's death."""
-        return any(sign in self.message for sign in _SIGNS_OF_A_LOST_NEIGHBOUR)
+        return any(sign in self.message for sign in _SIGNS_OF_AN_ECHO)
 
 
 class WorkerFailed(RunFailed):

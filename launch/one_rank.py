@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     again = bool(run and noted and run.path.resolve() == noted.path.resolve())
     if run:
         config = run.config()
-    if again and run:
-        if run.replanned or run.finished:  # the job's script goes on with it; or a rank was lost on its way out
-            return
-        _refuse_a_changed_config(run, asked)
+    if again and run and (run.replanned or run.finished):  # the job's script goes on with it; or a rank was lost on its way out
+        return
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     def set_up() -> tuple[Path, str]:
         # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
-        if again and run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (last := final_letter(run.path)):
+        if again and run and restarted and (last := final_letter(run.path)):
             raise last
+        if again and run and not restarted:
+            _refuse_a_changed_config(run, asked)
         place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
         folder = run or RunFolder.create(config)
         if run is None:
@@ -84,12 +86,25 @@ def _refuse_a_changed_config(run: RunFolder, asked: dict[str, Any]) -> None:
     place = place_of(run)
     if place is None or not place.asked or not (changed := differences(place.asked, asked)):
         return
-    overrides = shlex.join(f"{key}={json.dumps(after)}" for key, _, after in changed)
     told = ", ".join(f"{key} was {json.dumps(before)}, is {json.dumps(after)}" for key, before, after in changed)
-    error = UserError(f"{run.path}: the job's config has changed since it began: {told}. To go on as it was: regrowth launch resume {run.path}; "
-                      f"to take the change: regrowth launch resume {run.path} {overrides}")  # fmt: skip
+    resume = f"regrowth launch resume {shlex.quote(str(run.path))}"
+    if all(_is_toml(after) for _, _, after in changed):
+        take = f"{resume} {shlex.join(f'{key}={json.dumps(after)}' for key, _, after in changed)}"
+    else:
+        take = f"{resume}, with each change behind it as KEY=VALUE in TOML"
+    error = UserError(
+        f"{run.path}: the job's config has changed since it began: {told}. To go on as it was: {resume}; to take the change: {take}"
+    )
     leave_letter(run.path, error)
     raise error
+
+
+def _is_toml(value: Any) -> bool:
+    """Whether a value reads the same in TOML as in JSON."""
+    try:
+        return tomllib.loads(f"value = {json.dumps(value)}")["value"] == value
+    except tomllib.TOMLDecodeError:
+        return False
 
 
 def _tee_output(folder: Path) -> None:

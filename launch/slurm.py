@@ -63,9 +63,8 @@ def end_job(folder: Path) -> None:
         _requeue(run, Console(highlight=False, markup=False, soft_wrap=True))
     elif place := place_of(run):
         launch(str(folder), [], JobOptions(**place.options))
-        run.log(
-            "events", {"event": "job submitted", "time": time.time()}
-        )  # a job that fails before it logs anything must not be submitted again for ever
+        # A job that fails before it logs anything must not be submitted again for ever.
+        run.log("events", {"event": "job submitted", "time": time.time()})
 
 
 def _requeue(run: "RunFolder", console: Console) -> None:

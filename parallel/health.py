@@ -29,19 +29,24 @@ class Health:
 
 
 def check(device: torch.device, folder: Path, only_arithmetic: bool = False) -> Health:
-    """Look at this rank's device and at the disk under `folder`, without talking to other ranks. What a device raises is a fault, too.
+    """Look at this rank's device and at the disk under `folder`, without talking to other ranks.
 
     Args:
         only_arithmetic: leave the disk to another rank of the same node.
     """
-    try:
-        faults = _memory_faults(device) or arithmetic_faults(device)
-    except Exception as error:  # of a device that is broken, whatever it calls it
-        faults = [f"{device}: {type(error).__name__}: {error}"]
+    faults = device_faults(device)
     if only_arithmetic:
         return Health(faults)
     written, read, wrong = disk_speed(folder)
     return Health([*faults, *wrong], written, read)
+
+
+def device_faults(device: torch.device) -> list[str]:
+    """A device whose memory another process holds, whose arithmetic is wrong, or that raises whatever it raises."""
+    try:
+        return _memory_faults(device) or arithmetic_faults(device)
+    except Exception as error:  # of a device that is broken, whatever it calls it
+        return [f"{device}: {type(error).__name__}: {error}"]
 
 
 def arithmetic_faults(device: torch.device) -> list[str]:
@@ -74,12 +79,12 @@ def _memory_faults(device: torch.device) -> list[str]:
         time.sleep(0.5)
 
 
-def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
+def disk_speed(folder: Path, size: int = _DISK_BYTES) -> tuple[float, float, list[str]]:
     """(MB/s written with a sync, MB/s read back past the cache, faults) of random bytes that are written, read back, compared and removed.
 
     A disk that is full is no fault here: what needs the room says how much.
     """
-    path, data = folder / f".health-{secrets.token_hex(8)}", os.urandom(_DISK_BYTES)  # many nodes share the folder
+    path, data = folder / f".health-{secrets.token_hex(8)}", os.urandom(size)  # many nodes share the folder
     try:
         began = time.perf_counter()
         with path.open("wb") as file:
@@ -98,7 +103,7 @@ def disk_speed(folder: Path) -> tuple[float, float, list[str]]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return 0.0, 0.0, []
         return 0.0, 0.0, [f"{folder}: cannot be written ({error.strerror}); the run's checkpoints could not either"]
-    megabytes = _DISK_BYTES / 1e6
+    megabytes = size / 1e6
     faults = [] if same else [f"{folder}: what was written is not what is read back; the disk or its network is broken"]
     return megabytes / max(written - began, 1e-9), megabytes / max(read - written, 1e-9), faults
 

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 # Signs of a collective that did not come about, in the words of gloo, NCCL and c10d.
 _TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
+SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 _PULSE_SECONDS = 1.0
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 # Of a step, in their order; the first five are of the moment before it.
 Phase = Literal["startup", "loading", "evaluation", "checkpoint", "growth", "data", "forward and backward", "update"]
 PULSED = ("startup", "loading", "growth")  # as long as files are large: while they last, a living process gives its sign again and again
@@ -108,7 +108,7 @@ def _place(beat: Beat) -> tuple[int, int]:
 
 def tells_of_a_lost_rank(told: str) -> bool:
     """Whether an error's words are those of a collective that another rank did not come to."""
-    return any(sign in told for sign in (*_TIMEOUT, *_LOST))
+    return any(sign in told for sign in (*_TIMEOUT, *SIGNS_OF_A_LOST_RANK))
 
 
 def explain(folder: Path, error: BaseException, rank: int) -> str | None:

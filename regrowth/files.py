@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from regrowth.errors import RunFailed, UserError
 
@@ -24,15 +24,19 @@ def exclusive(path: Path, refusal: str | None = None) -> Iterator[None]:
         UserError: `refusal`, if it is given and another process holds the lock; without it, wait.
     """
     with path.open("a") as lock:
-        for left in (20, *reversed(range(20))):  # who only looks whether it is held holds it for a moment
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-                break
-            except BlockingIOError as error:
-                if not left:
-                    raise UserError(refusal or "") from error
-                time.sleep(0.05)
+        if refusal is None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        elif not any(_try_to_lock(lock) or time.sleep(0.05) for _ in range(20)):  # who only looks whether it is held holds it for a moment
+            raise UserError(refusal)
         yield
+
+
+def _try_to_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def user_cache() -> Path:

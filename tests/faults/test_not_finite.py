@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.pretrain import train as trainer
-from tests.pretrain.helpers import Ranks, losses, new_run
+from regrowth.pretrain.train import Trainer, train
+from tests.pretrain.helpers import Ranks, before_step, losses, new_run
 
 AT = 13
 
@@ -18,10 +18,10 @@ def poisoned(folder: Path, corpus: Path, what: str) -> None:
     """Train; at one step, on the last rank alone, something becomes NaN."""
     import torch.distributed as dist
 
-    step, left = trainer.Trainer.train_step, [dist.get_rank() == dist.get_world_size() - 1]
+    left = [dist.get_rank() == dist.get_world_size() - 1]
 
-    def poisoning(self: trainer.Trainer, number: int) -> None:
-        engine: Any = self.session.engine
+    def poisoning(trainer: Trainer, number: int) -> None:
+        engine: Any = trainer.session.engine
         if number == AT and left[0]:
             left[0] = False
             if what == "weights":
@@ -45,13 +45,9 @@ def poisoned(folder: Path, corpus: Path, what: str) -> None:
                     return reports
 
                 engine.forward_backward = with_a_bad_loss
-        step(self, number)
 
-    trainer.Trainer.train_step = poisoning  # type: ignore[method-assign]
-    try:
-        trainer.train(folder, corpus)
-    finally:
-        trainer.Trainer.train_step = step  # type: ignore[method-assign]
+    with before_step(poisoning):
+        train(folder, corpus)
 
 
 def _poison(tensor: torch.Tensor) -> None:

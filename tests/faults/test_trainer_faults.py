@@ -16,13 +16,13 @@ import torch
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.parallel.agree import check_same
-from regrowth.pretrain import train as trainer
 from regrowth.pretrain.checkpoint import read_state, verify
 from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.safety import SafetyConfig, StepGuard
+from regrowth.pretrain.train import Trainer, train
 from tests.faults.test_real_faults import one_letter, only_run, steps_done, wait_for, workers
 from tests.launch.helpers import regrowth, start, write_config
-from tests.pretrain.helpers import Ranks, go, losses, new_run
+from tests.pretrain.helpers import Ranks, before_step, go, losses, new_run
 
 
 @pytest.mark.parametrize(
@@ -105,23 +105,18 @@ def test_outliers_are_told_from_slow_changes() -> None:
 
 def spoil(folder: Path, corpus: Path, at: int, count: int) -> None:
     """Train with weights that are blown up before step `at`, `count` times."""
-    step = trainer.Trainer.train_step
     left = [count]
 
-    def spoiling(self: trainer.Trainer, number: int) -> None:
+    def spoiling(trainer: Trainer, number: int) -> None:
         if number == at and left[0]:
             left[0] -= 1
             with torch.no_grad():
-                for name, weight in self.session.engine.weights().items():
+                for name, weight in trainer.session.engine.weights().items():
                     if name == "norm.weight":
                         weight.mul_(30.0)
-        step(self, number)
 
-    trainer.Trainer.train_step = spoiling  # type: ignore[method-assign]
-    try:
-        trainer.train(folder, corpus)
-    finally:
-        trainer.Trainer.train_step = step  # type: ignore[method-assign]
+    with before_step(spoiling):
+        train(folder, corpus)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +167,11 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_and_
 
     monkeypatch.setattr(shutil, "disk_usage", full)
     with pytest.raises(Exception, match=r"needs .* MiB"):
-        trainer.train(run.path, corpus.folder)
+        train(run.path, corpus.folder)
     assert list_checkpoints(run.path)[-1].name == "step-000010" and verify(list_checkpoints(run.path)[-1])
     assert not list(run.path.glob("checkpoints/.step-*"))
     monkeypatch.undo()
-    trainer.train(run.path, corpus.folder)
+    train(run.path, corpus.folder)
     assert run.finished
 
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from regrowth.parallel.ranks import RankPool
 from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
-from regrowth.pretrain.train import train
+from regrowth.pretrain.train import Trainer, train
 from tests.conftest import small_run_values
 
 Ranks = Callable[[int], RankPool]
@@ -36,6 +37,22 @@ def go(run: RunFolder, corpus: Corpus, ranks: Ranks) -> RunFolder:
 def losses(run: RunFolder) -> list[float]:
     """The loss of every step."""
     return [row["loss"] for row in run.rows("metrics")]
+
+
+@contextmanager
+def before_step(do: Callable[[Trainer, int], None]) -> Iterator[None]:
+    """While it is open, `do` is called with the trainer and the step's number before each step of this process."""
+    step = Trainer.train_step
+
+    def with_it(self: Trainer, number: int) -> None:
+        do(self, number)
+        step(self, number)
+
+    Trainer.train_step = with_it  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.train_step = step  # type: ignore[method-assign]
 
 
 def cut_back(run: RunFolder, step: int) -> None:
