@@ -90,3 +90,38 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     from regrowth.launch.runs import resume as go
 
     go(run, overrides or [])
+
+
+Chain = Annotated[Path, typer.Argument(help="A TOML file with [[stages]].")]
+
+
+@launch_app.command("pipeline")
+def pipeline(
+    chain: Chain,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit each stage as a job that waits for those that it needs.")] = False,
+    begin_at: Annotated[str | None, typer.Option("--from", help="Make this stage afresh, and all that need it.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="Only show how the stages are.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="With --status: print JSON.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a chain of commands, as far as it is not made or has changed: curate, train, convert, evaluate."""
+    from regrowth.launch.pipeline_run import make
+    from regrowth.launch.pipeline_run import status as show
+
+    if status:
+        show(chain, json_)
+        return
+    make(chain, slurm, begin_at, dry_run)
+
+
+@launch_app.command("stage", hidden=True)
+def stage(
+    chain: Chain,
+    name: str,
+    record: Annotated[str | None, typer.Option()] = None,
+    begin: Annotated[bool, typer.Option("--begin")] = False,
+) -> None:
+    """One stage of a chain, as its job makes it; with --begin, only what comes before its command."""
+    from regrowth.launch.pipeline_run import one_stage as go
+
+    go(chain, name, record, begin)

@@ -69,9 +69,9 @@ def state_of(run: RunFolder, queue: dict[str, dict[str, int]]) -> tuple[State, s
         if place.host != socket.gethostname():
             if not run.finished and not _end_of(run) and (ago := last_sign(run)) is not None and ago < _silence(run):
                 return "elsewhere", f"on {place.host}, last sign {ago:.0f} s ago"
-        elif _held(lock_of(run)) or (place.by == "torchrun" and _held(run.path / ".lock")):
+        elif held(lock_of(run)) or (place.by == "torchrun" and held(run.path / ".lock")):
             return "running", f"process {place.pid} on this machine"
-        elif _held(run.path / ".lock"):
+        elif held(run.path / ".lock"):
             return "ending", "its launcher is gone; its ranks write a checkpoint and end"
     if run.finished:
         return "finished", ""
@@ -99,7 +99,8 @@ def _end_of(run: RunFolder) -> dict[str, Any] | None:
     return None
 
 
-def _held(path: Path) -> bool:
+def held(path: Path) -> bool:
+    """Whether a process of this machine holds a lock file."""
     if not path.exists():
         return False
     with path.open("a") as lock:

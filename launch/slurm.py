@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,8 +36,8 @@ class JobOptions:
     ranks_per_node: int | None = None
 
 
-def launch(config: str, overrides: list[str], options: JobOptions, print_only: bool = False) -> None:
-    """The `launch slurm` command. `config` may be the folder of a run to go on with."""
+def launch(config: str, overrides: list[str], options: JobOptions, print_only: bool = False) -> str:
+    """The `launch slurm` command. `config` may be the folder of a run to go on with. Returns the job's number, empty if only printed."""
     from regrowth.launch.place import note_place
     from regrowth.pretrain.run_folder import RunFolder
 
@@ -44,12 +45,24 @@ def launch(config: str, overrides: list[str], options: JobOptions, print_only: b
     script, folder = render(config, overrides, options)
     if print_only:
         console.print(script, end="")
-        return
+        return ""
     folder.mkdir(parents=True, exist_ok=True)
     told = submit(script)
     console.print(told)
+    job = told.split()[-1]
     if (Path(config) / "config.toml").exists():
-        note_place(RunFolder(Path(config)), "slurm", job=told.split()[-1], options=asdict(options))
+        note_place(RunFolder(Path(config)), "slurm", job=job, options=asdict(options))
+    return job
+
+
+def _hand_over_waiting(job: str, successor: str) -> None:
+    """Let jobs that wait for the end of this one wait for the one that goes on with its run."""
+    done = subprocess.run(["squeue", "-h", "-o", "%i|%E"], capture_output=True, text=True, timeout=60)
+    for line in done.stdout.splitlines():
+        waiting, _, condition = line.partition("|")
+        if job and re.search(rf":{job}\b", condition):
+            condition = re.sub(r"\([^)]*\)", "", re.sub(rf":{job}\b", f":{successor}", condition))
+            subprocess.run(["scontrol", "update", f"JobId={waiting}", f"Dependency={condition}"], timeout=60)
 
 
 def end_job(folder: Path) -> None:
@@ -62,7 +75,8 @@ def end_job(folder: Path) -> None:
     if not run.replanned:
         _requeue(run, Console(highlight=False, markup=False, soft_wrap=True))
     elif place := place_of(run):
-        launch(str(folder), [], JobOptions(**place.options))
+        job = launch(str(folder), [], JobOptions(**place.options))
+        _hand_over_waiting(os.environ.get("SLURM_JOB_ID", ""), job)
         # A job that fails before it logs anything must not be submitted again for ever.
         run.log("events", {"event": "job submitted", "time": time.time()})
 
@@ -139,6 +153,29 @@ def render(config: str, overrides: list[str], options: JobOptions) -> tuple[str,
     return script, logs
 
 
+def render_stage(name: str, command: list[str], logs: Path, options: JobOptions, cpus: int) -> str:
+    """The batch script of a stage of a chain that does not train: one task, put into the queue again when it ends with 75.
+
+    Raises:
+        UserError: an option holds a line break.
+    """
+    for key, value in (("partition", options.partition), ("account", options.account), ("the folder", str(logs))):
+        if value and any(c in value for c in "\n\r"):
+            raise UserError(f"stage {name}: {key} holds a line break; Slurm options are single lines.")
+    return _template("slurm_stage.sh.jinja").render(
+        name=_option(name),
+        cpus=cpus,
+        gpus=options.gpus_per_node,
+        minutes=options.minutes,
+        logs=_file_option(logs.resolve()),
+        warn_seconds=min(60, options.minutes * 30),
+        partition=_option(options.partition) if options.partition else "",
+        account=_option(options.account) if options.account else "",
+        setup=options.setup,
+        command=shlex.join([sys.executable, "-m", "regrowth", *command]),
+    )
+
+
 @dataclass(frozen=True)
 class ArrayJob:
     """One array job: a phase of a corpus, done by `ranks` array tasks, after the job `after` has ended."""
@@ -209,8 +246,11 @@ def _template(name: str) -> Any:
     return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).get_template(name)
 
 
-def submit(script: str) -> str:
+def submit(script: str, after: list[str] | None = None) -> str:
     """Hand a script to sbatch; returns what sbatch said.
+
+    Args:
+        after: jobs that have to end well before; if one does not, this one is taken out of the queue.
 
     Raises:
         UserError: there is no Slurm here, or it refused the job (its own words are given).
@@ -219,7 +259,8 @@ def submit(script: str) -> str:
     if not shutil.which("sbatch"):
         raise UserError("launch slurm: no sbatch on this machine. Log in to the cluster's login node, or use --print to see the script.")
     try:
-        done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, timeout=60)
+        depending = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+        done = subprocess.run(["sbatch", *depending], input=script, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as error:
         raise RunFailed("launch slurm: sbatch did not answer within 60 s; the controller may be down. Nothing was submitted.") from error
     if done.returncode:

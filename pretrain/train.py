@@ -81,7 +81,7 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
         with ExitStack() as held:
             held.callback(heart.close)
             refusal = f"{folder}: another process is running this run. Wait for it, or stop it first."
-            on_first_rank(lambda: held.enter_context(exclusive(folder / ".lock", refusal)))
+            on_first_rank(lambda: bool(held.enter_context(exclusive(folder / ".lock", refusal))))
             try:
                 Trainer(run, config, corpus, device, rank, lambda: stop.asked, heart).run_to_the_end()
             except RuntimeError as error:

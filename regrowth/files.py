@@ -17,8 +17,8 @@ from regrowth.errors import RunFailed, UserError
 
 
 @contextmanager
-def exclusive(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel lets go of it when the process ends, however it ends.
+def exclusive(path: Path, refusal: str | None = None) -> Iterator[IO[str]]:
+    """Hold the lock file `path`, which is yielded open; the kernel lets go of it when the process ends, however it ends.
 
     Raises:
         UserError: `refusal`, if it is given and another process holds the lock; without it, wait.
@@ -28,7 +28,7 @@ def exclusive(path: Path, refusal: str | None = None) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         elif not any(_try_to_lock(lock) or time.sleep(0.05) for _ in range(20)):  # who only looks whether it is held holds it for a moment
             raise UserError(refusal)
-        yield
+        yield lock
 
 
 def _try_to_lock(file: IO[str]) -> bool:

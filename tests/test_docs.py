@@ -49,6 +49,9 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     config, run = small_run
     shutil.copy(config, tmp_path / "my_text.toml")
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        if "[[stages]]" in block:
+            (tmp_path / "chain.toml").write_text(block)
     monkeypatch.chdir(tmp_path)
     ran = 0
     for words in commands(page):
