@@ -27,6 +27,7 @@ def slurm(
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="In the place of --nodes: as many nodes as the plan then needs.")
     ] = None,
+    spares: Annotated[int, typer.Option(min=0, help="Nodes to ask for beside those, for when one fails.")] = 0,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     minutes: Annotated[int, typer.Option(min=1, help="Time limit.")] = 60,
@@ -40,7 +41,7 @@ def slurm(
     from regrowth.launch.slurm import JobOptions
     from regrowth.launch.slurm import launch as go
 
-    options = JobOptions(nodes, partition, account, minutes, gpus_per_node, setup or [], ranks_per_node)
+    options = JobOptions(nodes, partition, account, minutes, gpus_per_node, setup or [], ranks_per_node, spares)
     go(config, overrides or [], options, print_only)
 
 
@@ -50,6 +51,14 @@ def end_job(run: Run) -> None:
     from regrowth.launch.slurm import end_job as go
 
     go(run)
+
+
+@launch_app.command("hosts", hidden=True)
+def hosts(count: int) -> None:
+    """The nodes of a Slurm job with spare ones that its ranks are started on."""
+    from regrowth.launch.spares import hosts as go
+
+    print(go(count))
 
 
 @launch_app.command("status")

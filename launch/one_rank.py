@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from regrowth.errors import UserError
 from regrowth.files import write_json, write_text
 from regrowth.launch.local import final_letter
 from regrowth.launch.place import note_place, place_of
-from regrowth.launch.supervise import KNOWN_ENDS, note_loss
+from regrowth.launch.supervise import KNOWN_ENDS, backoff, losses_in_a_row, note_loss
 from regrowth.launch.training import corpus_of, own_corpus
 from regrowth.parallel.agree import on_first_rank
 from regrowth.parallel.mesh import choose_device, process_group
@@ -42,7 +43,7 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         config = run.config()
     if again and run and (run.replanned or run.finished):  # the job's script goes on with it; or a rank was lost on its way out
         return
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "REGROWTH_START"))  # in the same job
 
     def set_up() -> tuple[Path, str]:
         # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
@@ -57,6 +58,8 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         elif again and not run.ended_by(*KNOWN_ENDS):
             told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
             note_loss(folder, told)
+        if restarted and (seconds := backoff(config.supervision, losses_in_a_row(folder))):
+            time.sleep(seconds)
         for letter in folder.path.glob("logs/rank-*.error"):  # of an earlier start, of ranks that this one may not have
             letter.unlink()
         options = json.loads(os.environ.get("REGROWTH_LAUNCH_OPTIONS", "{}"))

@@ -11,13 +11,14 @@ from regrowth.settings import PlainName, Settings
 
 
 class StageSlurm(Settings):
-    """What a stage's job asks Slurm for; `nodes` and `ranks_per_node` count for training alone, `cpus` for the other stages."""
+    """What a stage's job asks Slurm for; `nodes`, `spares` and `ranks_per_node` count for training alone, `cpus` for the other stages."""
 
     partition: str | None = None
     account: str | None = None
     minutes: int = Field(60, ge=1)
     nodes: int = Field(1, ge=1)
     ranks_per_node: int | None = Field(None, ge=1)
+    spares: int = Field(0, ge=0)
     gpus_per_node: int = Field(0, ge=0)
     cpus: int = Field(2, ge=1)
     setup: list[str] = []

@@ -203,7 +203,9 @@ def _submit(pipeline: Pipeline, todo: list[str], console: Console) -> None:
 
 def _script(pipeline: Pipeline, name: str, record: Record) -> str:
     asked, stage = pipeline.slurm[name], pipeline.stages[name]
-    options = JobOptions(asked.nodes, asked.partition, asked.account, asked.minutes, asked.gpus_per_node, asked.setup, asked.ranks_per_node)
+    options = JobOptions(
+        asked.nodes, asked.partition, asked.account, asked.minutes, asked.gpus_per_node, asked.setup, asked.ranks_per_node, asked.spares
+    )
     ours = ["launch", "stage", str(pipeline.path.resolve()), name, "--record", record.id]
     logs = pipeline.folder / "slurm"
     logs.mkdir(parents=True, exist_ok=True)

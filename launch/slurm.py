@@ -34,6 +34,7 @@ class JobOptions:
     gpus_per_node: int = 0
     setup: list[str] = field(default_factory=list)  # shell lines that run first
     ranks_per_node: int | None = None
+    spares: int = 0  # nodes beside those that the run needs
 
 
 def launch(config: str, overrides: list[str], options: JobOptions, print_only: bool = False) -> str:
@@ -66,27 +67,28 @@ def _hand_over_waiting(job: str, successor: str) -> None:
 
 
 def end_job(folder: Path) -> None:
-    """How a job whose run is not finished ends itself. A run that waits for other ranks after a growth gets a job of its new size; one that was stopped or lost
-    goes into the queue again, under the same number."""
+    """How a job ends itself. A run that waits for other ranks after a growth gets a job of its new size; one that was stopped or lost
+    goes into the queue again, under the same number; of one that is finished or given up the user's command is told."""
     from regrowth.launch.place import place_of
+    from regrowth.launch.supervise import given_up, may_go_on, tell_end
     from regrowth.pretrain.run_folder import RunFolder
 
-    run = RunFolder.open(folder)
-    if not run.replanned:
-        _requeue(run, Console(highlight=False, markup=False, soft_wrap=True))
-    elif place := place_of(run):
+    run, console = RunFolder.open(folder), Console(highlight=False, markup=False, soft_wrap=True)
+    place = place_of(run)
+    if run.replanned and place:
         job = launch(str(folder), [], JobOptions(**place.options))
         _hand_over_waiting(os.environ.get("SLURM_JOB_ID", ""), job)
         # A job that fails before it logs anything must not be submitted again for ever.
         run.log("events", {"event": "job submitted", "time": time.time()})
+    elif os.environ.get("SLURM_JOB_ID") and may_go_on(run):
+        _requeue(run, os.environ["SLURM_JOB_ID"], console)
+    elif run.finished or (reason := given_up(run)):
+        tell_end(run, f"{run.path}: finished." if run.finished else reason, console)
 
 
-def _requeue(run: "RunFolder", console: Console) -> None:
-    from regrowth.launch.supervise import may_go_on, note_requeued
+def _requeue(run: "RunFolder", job: str, console: Console) -> None:
+    from regrowth.launch.supervise import note_requeued
 
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if not job or not may_go_on(run):
-        return
     note_requeued(run, job)
     console.print(f"{run.path}: not finished; job {job} goes into the queue again.")
     try:
@@ -132,6 +134,7 @@ def render(config: str, overrides: list[str], options: JobOptions) -> tuple[str,
     script = _template("slurm.sh.jinja").render(
         name=_option(settings.run.name),
         nodes=nodes,
+        spares=options.spares,
         minutes=options.minutes,
         partition=_option(options.partition) if options.partition else "",
         account=_option(options.account) if options.account else "",

@@ -15,7 +15,7 @@ from regrowth.launch.hanging import Hanging
 from regrowth.launch.local import RankRaised, StopSignals, final_letter, run_local
 from regrowth.launch.place import lock_of, note_place
 from regrowth.launch.watch import Watch
-from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.config import RunConfig, SupervisionConfig
 from regrowth.pretrain.run_folder import RunFolder
 
 _COMMAND_SECONDS = 60.0  # that a user's command may take
@@ -42,9 +42,9 @@ def supervise(run: RunFolder, config: RunConfig, corpus: str, console: Console) 
         except RegrowthError as error:
             _note_end(run, error)
             if not isinstance(error, Stopped):
-                _tell(config.supervision.on_failure, run, str(error), console)
+                tell_end(run, str(error), console)
             raise
-        _tell(config.supervision.on_end, run, f"{run.path}: finished.", console)
+        tell_end(run, f"{run.path}: finished.", console)
 
 
 def _note_end(run: RunFolder, error: RegrowthError) -> None:
@@ -59,13 +59,22 @@ def _note_end(run: RunFolder, error: RegrowthError) -> None:
 
 def may_go_on(run: RunFolder) -> bool:
     """Whether a job that has ended before its run should go into the queue again: it was stopped or lost, and not again and again in the same place."""
-    if run.finished or final_letter(run.path) or _cancelled(run):
+    if run.finished or final_letter(run.path) or cancelled(run):
         return False
     here = [event for event in run.rows("events") if event["event"] == "requeued" and event["checkpoint"] == run.checkpointed]
     return len(here) < max(run.config().supervision.restarts, int(run.ended_by("stopped")))
 
 
-def _cancelled(run: RunFolder) -> bool:
+def given_up(run: RunFolder) -> str:
+    """Why a run does not go on by itself; empty if a person stopped it, or nothing is known."""
+    if cancelled(run) or run.ended_by("stopped"):
+        return ""
+    if last := final_letter(run.path):
+        return str(last)
+    return next((str(event["reason"]) for event in reversed(run.rows("events")) if event["event"] == "failed"), "")
+
+
+def cancelled(run: RunFolder) -> bool:
     """Whether this start was cancelled by a person."""
     names = [event["event"] for event in run.rows("events")]
     return "cancelled" in names[max((i for i, name in enumerate(names) if name in ("started", "resumed")), default=0) :]
@@ -100,9 +109,26 @@ def _start_until_done(run: RunFolder, config: RunConfig, corpus: str, console: C
             if lost_in_a_row > settings.restarts:
                 raise (_given_up(loss, lost_in_a_row) if settings.restarts else loss) from None
             watch.close()
-            _wait(run, loss, min(settings.backoff_seconds * 2 ** (lost_in_a_row - 1), settings.backoff_limit_seconds), console, asked)
+            _wait(run, loss, backoff(settings, lost_in_a_row), console, asked)
         finally:
             watch.close()
+
+
+def backoff(settings: SupervisionConfig, losses: int) -> float:
+    """Seconds to wait before the start after so many losses in a row."""
+    return min(settings.backoff_seconds * 2 ** (losses - 1), settings.backoff_limit_seconds) if losses else 0.0
+
+
+def losses_in_a_row(run: RunFolder) -> int:
+    """How often the run was lost since its newest checkpoint was there, as its events tell."""
+    here, found = max(run.checkpointed, 0), 0
+    for event in reversed(run.rows("events")):
+        if event["event"] in ("stopped", "requeued", "finished") or (
+            event["event"] == "failed" and event["step"] - event["lost_steps"] != here
+        ):
+            break
+        found += event["event"] == "failed"
+    return found
 
 
 def note_loss(run: RunFolder, letter: str) -> None:
@@ -131,8 +157,10 @@ def _given_up(loss: RankLost, times: int) -> RunFailed:
     )
 
 
-def _tell(command: str | None, run: RunFolder, message: str, console: Console) -> None:
-    """Run a command of the user's; whatever comes of it, the run's own outcome stands."""
+def tell_end(run: RunFolder, message: str, console: Console) -> None:
+    """Run the user's command for a run that is finished, or given up; whatever comes of it, the run's own outcome stands."""
+    settings = run.config().supervision
+    command = settings.on_end if run.finished else settings.on_failure
     if not command:
         return
     environment = {**os.environ, "REGROWTH_RUN": str(run.path.resolve()), "REGROWTH_MESSAGE": message}

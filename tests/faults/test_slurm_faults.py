@@ -81,6 +81,27 @@ def test_the_death_of_a_node_puts_the_job_into_the_queue_and_it_takes_its_run_up
     cluster.ask("scancel", job)
 
 
+def test_a_job_with_a_spare_node_goes_on_by_itself_when_one_dies(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
+    supervision = {"on_end": f"touch {tmp_path}/ended"}
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, supervision=supervision, **TWO)
+    job, logs = submitted(config, minutes=10, spares=1)
+    wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=150)
+    cluster.kill_node("n2")
+    wait_for(lambda: happened(tmp_path, "resumed"), seconds=240)
+    (failed,), reached = happened(tmp_path, "failed"), happened(tmp_path, "resumed")[0]["step"]
+    assert "node n2 failed" in failed["reason"] and failed["lost_steps"] <= 6 and reached >= 5
+    wait_for(lambda: steps_done(tmp_path) > reached + 2, seconds=60)
+    run = only_run(tmp_path)
+    assert not happened(tmp_path, "requeued") and "Restarts=0" in cluster.ask("scontrol", "show", "job", job)
+    assert len(list(logs.glob("slurm-*.log"))) == 1
+    cluster.ask(
+        "scancel", "--signal=KILL", f"{job}.1"
+    )  # no node has failed this time: the job does not go to other nodes, but into the queue
+    wait_for(lambda: happened(tmp_path, "requeued"), seconds=90)
+    assert "no further node has failed" in next(logs.glob("slurm-*.log")).read_text() and not run.finished
+    cluster.ask("scancel", job)
+
+
 def test_a_controller_that_is_killed_and_started_again_is_not_noticed_by_a_run(
     cluster: SlurmCluster, documents: Path, tmp_path: Path
 ) -> None:

@@ -81,10 +81,10 @@ def soon_after_a_checkpoint(folder: Path, least: int = 10, most_after: int = 3) 
     return run.checkpointed >= least and steps_done(folder) - run.checkpointed <= most_after
 
 
-def submitted(config: Path | str, minutes: int) -> tuple[str, Path]:
+def submitted(config: Path | str, minutes: int, **more: Any) -> tuple[str, Path]:
     """(the number of a job of two nodes, where its logs are)."""
     setup = ["export REGROWTH_RENDEZVOUS=127.0.0.1 GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1"]
-    text, logs = render(str(config), [], JobOptions(nodes=2, partition="ci", minutes=minutes, setup=setup))
+    text, logs = render(str(config), [], JobOptions(nodes=2, partition="ci", minutes=minutes, setup=setup, **more))
     logs.mkdir(parents=True, exist_ok=True)
     return submit(text).split()[-1], logs
 
