@@ -43,7 +43,11 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         config = run.config()
     if again and run and (run.replanned or run.finished):  # the job's script goes on with it; or a rank was lost on its way out
         return
+    world_size = int(os.environ["WORLD_SIZE"])
     restarted = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "REGROWTH_START"))  # in the same job
+    world_size = int(os.environ["WORLD_SIZE"])
+    if restarted and config.supervision.elastic and world_size < config.parallel.world_size:  # on what is left of the job's nodes
+        config = config.with_fewer_replicas(world_size) or config
 
     def set_up() -> tuple[Path, str]:
         # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
@@ -70,7 +74,7 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         return folder.path, place
 
     try:
-        (run.plan(config) if run else config.parallel).check_world(int(os.environ["WORLD_SIZE"]))
+        (run.plan(config) if run else config.parallel).check_world(world_size)
     except ValueError as error:
         raise UserError(f"{error}.") from error
     # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
@@ -78,7 +82,7 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
         folder, place = on_first_rank(set_up)
         _tee_output(folder)
         try:
-            train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), config=config if run else None)
         except BaseException as error:
             leave_letter(folder, error)
             raise

@@ -1,7 +1,8 @@
-"""A job that has more nodes than its run needs: when one fails, the run goes on at once on those that are left."""
+"""A job that goes on at once on other nodes of its own when one fails: spare ones, or fewer with fewer data-parallel ranks."""
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 from regrowth.errors import RunFailed, UserError
@@ -11,7 +12,7 @@ from regrowth.pretrain.run_folder import RunFolder
 
 
 def hosts(count: int) -> str:
-    """The nodes that the next start of this job's ranks goes to, comma-separated.
+    """The nodes that the next start of this job's ranks goes to, comma-separated; fewer than `count` only with `supervision.elastic`.
 
     Raises:
         UserError: this is no such job.
@@ -24,6 +25,7 @@ def hosts(count: int) -> str:
     up = [name for name, state in nodes.items() if not state.endswith("*") and not state.startswith(("down", "drain", "fail"))]
     failed = sorted(set(nodes) - set(up))
     known = note.with_suffix(".failed-nodes")
+    run = None
     if os.environ.get("REGROWTH_START", "0") != "0":
         run = RunFolder.open(Path(note.read_text(encoding="utf-8"))) if note.exists() else None
         if run is None or run.finished or run.replanned or run.ended_by("stopped") or cancelled(run) or final_letter(run.path):
@@ -34,9 +36,24 @@ def hosts(count: int) -> str:
             note_loss(run, f"{run.path}: node {', '.join(more)} failed; going on without it")
     known.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(" ".join(failed), encoding="utf-8")
+    if 0 < len(up) < count and run and (fewer := _fewer(run, count, len(up))):
+        run.log("events", {"event": "fewer replicas", "time": time.time(), "nodes": fewer, "of": count})
+        count = fewer
     if len(up) < count:
         raise RunFailed(f"{len(up)} of this job's nodes are left ({', '.join(failed)} failed); the run needs {count}.")
     return ",".join(up[:count])
+
+
+def _fewer(run: RunFolder, count: int, left: int) -> int:
+    """On how many of the nodes that are left the run can go on with fewer data-parallel ranks; 0 if it cannot, or is not to."""
+    config = run.config()
+    ranks_per_node = config.parallel.world_size // count
+    plan = config.parallel
+    while config.supervision.elastic and (fewer := config.with_fewer_replicas(min(left * ranks_per_node, plan.world_size - 1))):
+        plan = fewer.parallel
+        if plan.world_size % ranks_per_node == 0:
+            return plan.world_size // ranks_per_node
+    return 0
 
 
 def _nodes() -> dict[str, str]:

@@ -148,6 +148,8 @@ def _spell_event(event: dict[str, Any]) -> str | None:
             return f"{step}resumed from {event['checkpoint'] or 'the start'}"
         case "straggler":
             return f"{step}rank {event['rank']} on {event['host']} is slow: {event['what']} takes it {event['times']} times as long as the others"
+        case "fewer replicas":
+            return f"going on with {event['nodes']} of {event['of']} nodes, with fewer data-parallel ranks"
         case "skipped step":
             return f"{step}{event['reason']}"
         case _:

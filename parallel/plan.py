@@ -6,6 +6,7 @@ A plan that cannot run is refused before any process starts, with every reason a
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
@@ -137,6 +138,19 @@ class ParallelPlan(Settings):
                 f"the plan needs {self.world_size} processes ({axes}), {ranks} were started. Start {self.world_size}, or set "
                 + " ".join(f"parallel.{axis}={size}" for axis, size in other.items() if getattr(self, axis) != size)
             )
+
+    def with_fewer_replicas(self, ranks: int, model: ModelDims, sequence_length: int, global_batch: int) -> "ParallelPlan | None":
+        """The plan with the most data-parallel ranks that runs on at most so many ranks, everything else as it is; None if there is none."""
+        found: list[ParallelPlan] = []
+        for replicate in range(1, self.dp_replicate + 1):
+            for shard in range(1, self.dp_shard + 1):
+                plan = self.model_copy(update={"dp_replicate": replicate, "dp_shard": shard})
+                if plan.world_size > ranks or _reasons(plan, model, sequence_length, global_batch):
+                    continue
+                with suppress(ValueError):
+                    plan.check_batch(global_batch)
+                    found.append(plan)
+        return max(found, key=lambda plan: (plan.data_ranks, plan.dp_shard), default=None)
 
     def check_model(self, model: ModelDims, sequence_length: int, global_batch: int) -> None:
         """The model and the batch must divide as the plan says.

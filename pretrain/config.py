@@ -114,6 +114,9 @@ class SupervisionConfig(Settings):
     health_check: bool = True  # of arithmetic, memory and disk on every node, before each start of the ranks
     straggler_every: Annotated[int, Field(ge=0)] = 100  # steps between looks at how fast each rank is by itself; 0: never
     straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # times the median of all ranks
+    elastic: bool = (
+        False  # in a Slurm job of which too few nodes are left: go on with fewer data-parallel ranks, until it is in the queue again
+    )
     on_failure: str | None = None  # shell commands, with REGROWTH_RUN and REGROWTH_MESSAGE set: when the run is given up
     on_end: str | None = None  # when it is finished
 
@@ -136,6 +139,11 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     supervision: SupervisionConfig = SupervisionConfig()
 
+    def with_fewer_replicas(self, ranks: int) -> "RunConfig | None":
+        """The same run on at most so many ranks: fewer data-parallel ones, equal batches in an equal order. None if the plan cannot have so few."""
+        fewer = self.parallel.with_fewer_replicas(ranks, self.model, self.loader.sequence_length, self.loader.global_batch)
+        return self.model_copy(update={"parallel": fewer}) if fewer else None
+
     @model_validator(mode="after")
     def _rooms_fit_together(self) -> "RunConfig":
         if self.data is None and self.loader.corpus is None:
@@ -149,6 +157,8 @@ class RunConfig(Settings):
             raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
         if steps and steps[-1] >= self.run.steps:
             raise ValueError(f"growth: at_step = {steps[-1]} is not before the end of the run (run.steps = {self.run.steps})")
+        if self.supervision.elastic and (changing := [event.at for event in self.growth if event.parallel]):
+            raise ValueError(f"supervision.elastic: the growth at {changing[0]} changes the parallel plan; have one of the two")
         if self.data and not self.loader.corpus:
             tokenizer = self.data.tokenizer
             if tokenizer.path is None and tokenizer.vocabulary > self.model.vocabulary:

@@ -44,13 +44,14 @@ class StopRequest:
         self.asked = True
 
 
-def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat | None = None) -> None:
+def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat | None = None, config: RunConfig | None = None) -> None:
     """Run or resume the run in `folder` until its last step; called on every rank, with the launcher's environment.
 
     Args:
         place: folder or address of the run's corpus.
         ranks_here: ranks on this machine, which share its cores.
         heart: this rank's, if it has begun to beat already.
+        config: in the place of the run's own, for this start alone.
 
     Raises:
         Stopped: on request, after a checkpoint; or by a growth, after which the plan needs another number of ranks.
@@ -59,7 +60,7 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
     """
     stop = StopRequest()
     run = RunFolder.open(folder)
-    config = run.config()
+    config = config or run.config()
     prepare_process(config, ranks_here)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = choose_device(config.run.device)

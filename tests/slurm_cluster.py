@@ -46,7 +46,8 @@ PartitionName=ci Nodes={nodes} Default=YES MaxTime=60 DefaultTime=5
 class SlurmCluster:
     """Nodes n1 to n4. Clients find it by SLURM_CONF; they hang when the controller is down, so each needs a time limit."""
 
-    def __init__(self, folder: Path, port: int = 17900, nodes: int = 4) -> None:
+    def __init__(self, folder: Path, nodes: int = 4) -> None:
+        port = 11000 + os.getpid() % 400 * 20  # below those of clients; two test runs on one host do not meet
         self.folder, self.nodes = folder, [f"n{i + 1}" for i in range(nodes)]
         self.conf = folder / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}

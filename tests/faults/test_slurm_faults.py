@@ -102,6 +102,25 @@ def test_a_job_with_a_spare_node_goes_on_by_itself_when_one_dies(cluster: SlurmC
     cluster.ask("scancel", job)
 
 
+def test_an_elastic_run_goes_on_with_fewer_replicas_on_the_same_samples(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, supervision={"elastic": True}, **TWO)
+    job, _ = submitted(config, minutes=10)
+    wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=150)
+    cluster.kill_node("n2")
+    wait_for(lambda: only_run(tmp_path).finished, seconds=240)
+    assert "Restarts=0" in cluster.ask("scontrol", "show", "job", job)
+    (fewer,) = happened(tmp_path, "fewer replicas")
+    assert (fewer["nodes"], fewer["of"]) == (1, 2)
+    elsewhere = tmp_path / "undisturbed"
+    done = regrowth("train", write_config(tmp_path / "d.toml", documents, elsewhere, run={"steps": 60}, **TWO))
+    assert done.returncode == 0, done.stderr
+    run, reference = only_run(tmp_path), only_run(elsewhere)
+    assert [row["draws"] for row in run.decisions()] == [row["draws"] for row in reference.decisions()]
+    ours, theirs = ([row["loss"] for row in r.rows("metrics")] for r in (run, reference))
+    assert ours == pytest.approx(theirs, rel=1e-4), "sums in another order, no more"
+    assert run.config().parallel.dp_shard == 2, "the next start has all its ranks again"
+
+
 def test_a_controller_that_is_killed_and_started_again_is_not_noticed_by_a_run(
     cluster: SlurmCluster, documents: Path, tmp_path: Path
 ) -> None:
