@@ -143,7 +143,44 @@ class Flex:
         return call(q_BHTd, k_BHTd, v_BHTd, block_mask=mask, enable_gqa=q_BHTd.shape[1] != k_BHTd.shape[1])
 
 
-ATTENTION: dict[str, type[Sdpa] | type[Flex]] = {"sdpa": Sdpa, "flex": Flex}
+class Documents(NamedTuple):
+    """Where documents begin in sequences laid end to end, int32 [documents + 1], and a bound on the longest."""
+
+    starts: torch.Tensor
+    longest: int
+
+
+class Varlen:
+    """Documents as sequences of variable length, causal each for itself: no mask and no masked work. On a GPU one flash kernel (half precision only); on a
+    CPU document by document.
+
+    Needs each document's tokens in their order, which context parallelism does not keep.
+    """
+
+    def mask(self, doc_ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> Documents:
+        """The same as `Batch.boundaries`, on the device."""
+        begins = torch.ones_like(doc_ids_BT, dtype=torch.bool)
+        begins[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
+        starts = functional.pad(torch.nonzero(begins.flatten()).flatten(), (0, 1), value=begins.numel())
+        return Documents(starts.to(torch.int32), doc_ids_BT.shape[1])
+
+    def __call__(self, q_BHTd: torch.Tensor, k_BHTd: torch.Tensor, v_BHTd: torch.Tensor, mask: Documents) -> torch.Tensor:
+        """[B, H, T, d]; k and v may have fewer heads."""
+        batch, heads, time, _ = q_BHTd.shape
+        q, k, v = (_repeated(x, heads).transpose(1, 2).flatten(0, 1) for x in (q_BHTd, k_BHTd, v_BHTd))  # [B T, H, d]
+        if q.is_cuda:
+            from torch.nn.attention.varlen import varlen_attn
+
+            out = varlen_attn(q, k, v, mask.starts, mask.starts, mask.longest, mask.longest, window_size=(-1, 0))
+            assert isinstance(out, torch.Tensor)
+        else:
+            sizes = mask.starts.diff().tolist()
+            parts = zip(*(x.transpose(0, 1).split(sizes, dim=1) for x in (q, k, v)), strict=True)
+            out = torch.cat([functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts], dim=1).transpose(0, 1)
+        return out.unflatten(0, (batch, time)).transpose(1, 2)
+
+
+ATTENTION: dict[str, type[Sdpa] | type[Flex] | type[Varlen]] = {"sdpa": Sdpa, "flex": Flex, "varlen": Varlen}
 
 
 def choose_attention(name: str, device: torch.device) -> Attend:

@@ -28,7 +28,7 @@ class RunSettings(Settings):
     start_from: Path | None = None  # a checkpoint to begin with: its model, weights, moments and lineage; the data begins afresh
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights and moments are fp32
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     deterministic: bool = False  # refuse operations that are not
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # for which a rank waits for the others in a step
     collect_every: Annotated[int, Field(ge=0)] = 100  # steps between Python's garbage collections; 0: whenever Python likes
@@ -157,6 +157,10 @@ class RunConfig(Settings):
             raise ValueError(f"growth: at_step = {steps}: events stand in ascending order, at most one a step")
         if steps and steps[-1] >= self.run.steps:
             raise ValueError(f"growth: at_step = {steps[-1]} is not before the end of the run (run.steps = {self.run.steps})")
+        if self.run.attention == "varlen" and self.parallel.cp > 1:
+            raise ValueError('run.attention = "varlen" needs whole documents on a rank, parallel.cp > 1 deals them out; use "auto"')
+        if self.run.attention == "varlen" and self.run.device == "cuda" and self.run.dtype == "float32":
+            raise ValueError('run.attention = "varlen" has a kernel for half precision only; set run.dtype = "bfloat16"')
         if self.supervision.elastic and (changing := [event.at for event in self.growth if event.parallel]):
             raise ValueError(f"supervision.elastic: the growth at {changing[0]} changes the parallel plan; have one of the two")
         if self.data and not self.loader.corpus:

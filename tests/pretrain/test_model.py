@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from regrowth.data_pipeline.batch import Batch
 from regrowth.errors import UserError
 from regrowth.parallel.dtensor import full_tensor
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.pretrain.attention import Flex, Sdpa, bands, choose_attention, visible
+from regrowth.pretrain.attention import Attend, Flex, Sdpa, Varlen, bands, choose_attention, visible
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.config import RunSettings
 from regrowth.pretrain.conformance import Setting
@@ -113,6 +114,35 @@ def test_flex_attention_computes_what_sdpa_computes() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     with pytest.raises(UserError, match=r'run\.attention = "flex" trains on GPUs only'):
         choose_attention("flex", torch.device("cpu"))
+
+
+def test_documents_as_sequences_of_variable_length_give_the_same_values_and_gradients() -> None:
+    """The boundaries are those that the loader's batch tells, padding at the end included."""
+    config = SHAPES["gqa"]
+    tokens, _, _ = inputs(config, time=48, batch=2)
+    documents = torch.stack([torch.arange(48) // 17, torch.where(torch.arange(48) < 40, 3, -1)])
+    positions = torch.stack([torch.arange(48) % 17, torch.arange(48) % 40])
+    columns = {name: documents.numpy() for name in ("tokens", "labels", "positions", "doc_ids", "loss_weight", "domain", "sample_id")}
+    starts, longest = Batch(**columns).boundaries()
+    assert Varlen().mask(documents, positions).starts.tolist() == starts.tolist() == [0, 17, 34, 48, 88, 96] and longest == 40
+    real, found = documents >= 0, []
+    for attend in (Sdpa(), Varlen()):
+        model = build(config, attend=attend).double()
+        logits = model(tokens, positions, documents)[real]
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a kernel of GPUs")
+def test_the_kernel_for_variable_length_computes_what_sdpa_computes() -> None:
+    q, k, v = torch.randn(3, 2, 4, 256, 64, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
+    documents = (torch.arange(256, device="cuda") // 100).expand(2, 256)
+    positions = (torch.arange(256, device="cuda") % 100).expand(2, 256)
+    cores: tuple[Attend, Attend] = (Varlen(), Sdpa())
+    got, expected = (attend(q, k, v, attend.mask(documents, positions)) for attend in cores)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 class SpelledOut(Sdpa):
