@@ -44,6 +44,17 @@ def slurm(
     go(config, overrides or [], options, print_only)
 
 
+@launch_app.command("mpi")
+def mpi(
+    config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
+    overrides: Overrides = None,
+) -> None:
+    """Be one of the ranks that mpirun or srun start: `mpirun -n 4 regrowth launch mpi CONFIG`."""
+    from regrowth.launch.mpi import launch as go
+
+    go(config, overrides or [])
+
+
 @launch_app.command("end-job", hidden=True)
 def end_job(run: Run) -> None:
     """How a Slurm job ends itself whose run is not finished."""
