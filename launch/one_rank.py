@@ -15,7 +15,7 @@ from rich.console import Console
 
 from regrowth.errors import UserError
 from regrowth.files import write_json, write_text
-from regrowth.launch.local import final_letter
+from regrowth.launch.local import final_letter, letters
 from regrowth.launch.place import note_place, place_of
 from regrowth.launch.supervise import KNOWN_ENDS, note_loss
 from regrowth.launch.training import change_config, corpus_of, own_corpus
@@ -71,8 +71,10 @@ def be_one_rank(
         elif again and not run.ended_by(*KNOWN_ENDS):
             told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
             note_loss(folder, told)
-        elif _ended_without_a_word(folder):
-            note_loss(folder, f"{folder.path}: its ranks ended without a word; {folder.path}/logs and what mpirun or srun printed tell why")
+        elif _ended_unnoted(folder):
+            said = [letter.message for letter in letters(folder.path) if not letter.echo]
+            silent = f"{folder.path}: its ranks ended without a word; {folder.path}/logs and what mpirun or srun printed tell why"
+            note_loss(folder, said[0] if said else silent)
         for letter in folder.path.glob("logs/rank-*.error"):  # of an earlier start, of ranks that this one may not have
             letter.unlink()
         options = json.loads(os.environ.get("REGROWTH_LAUNCH_OPTIONS", "{}"))
@@ -100,7 +102,7 @@ def be_one_rank(
             raise
 
 
-def _ended_without_a_word(run: RunFolder) -> bool:
+def _ended_unnoted(run: RunFolder) -> bool:
     """Whether mpirun or srun have ended the last start's ranks, of which nobody else takes note."""
     place, last = place_of(run), run.rows("events")[-1:]
     return bool(place and place.by == "mpi" and last and not run.replanned and not run.finished) and not run.ended_by(*KNOWN_ENDS)
