@@ -129,7 +129,7 @@ def grow_plan(
     tokens: Annotated[
         float, typer.Option(help="Tokens that the grown model is to be worth, as if it had been trained from scratch.")
     ] = 0.0,
-    cluster: Annotated[str, typer.Option(help="laptop, h100_node, or a TOML file.")] = "laptop",
+    cluster: Annotated[str, typer.Option(help="A described machine, or a path.")] = "laptop",
     ranks: Annotated[int, typer.Option(help="For which to search a parallel plan; 0: as many as the config's.", min=0)] = 0,
 ) -> None:
     """When to grow a model, what it saves and costs, and the parallel plan for the grown one."""

@@ -179,7 +179,8 @@ def report(folder: Path) -> None:
 
 def make_report(run: "RunFolder") -> Path:
     """Write a run's report, with the byte trigram measured if it is not yet."""
-    from regrowth.parallel.planner import clusters, load_cluster, predict
+    from regrowth.parallel.cluster import clusters, load_cluster
+    from regrowth.parallel.planner import predict
     from regrowth.pretrain.checkpoint import read_state
     from regrowth.pretrain.checkpoint_folders import list_checkpoints
     from regrowth.pretrain.report.build import write_baseline, write_report
