@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from regrowth.errors import UserError
+from regrowth.files import read_json, write_json
 from regrowth.launch.place import place_of, state_of
 from regrowth.launch.rendezvous import Standing, first_host, meeting, standing
 from tests.launch.helpers import call, happened, one_letter, only_run, ranks_on_this_host, regrowth, steps_done, wait_for, write_config
@@ -122,6 +123,8 @@ def test_the_losses_are_those_of_the_local_launcher_to_the_bit(mpirun: Callable[
     assert [row["bits_per_byte"] for row in ours.rows("evaluations")] == [row["bits_per_byte"] for row in theirs.rows("evaluations")]
     assert ours.finished and f"run {ours.path}" in done.stdout and state_of(ours, {})[0] == "finished"
     assert (place := place_of(ours)) and place.by == "mpi" and (ours.path / "logs/rank-1.log").exists()
+    made_with = read_json(ours.path / "environment.json")
+    assert made_with["ranks"] == 2 and made_with["device"] and made_with["variables"]["GLOO_SOCKET_IFNAME"] == "lo"
     done = run(mpirun(2, "-m", "regrowth", "launch", "mpi", ours.path))
     assert done.returncode == 0 and done.stdout.count("finished already") == 1
 
@@ -172,11 +175,14 @@ def test_a_killed_rank_ends_the_others_and_the_run_can_go_on(
     wait_for(lambda: not ranks_on_this_host(ours) and state_of(ours, {})[0] in ("lost", "failed"), seconds=20)
     code, output = call(capsys, monkeypatch, "launch", "resume", ours.path)
     assert code == 2 and f"mpirun -n 2 regrowth launch mpi {ours.path}" in one_letter(output)
+    made_with = read_json(ours.path / "environment.json")
+    write_json(ours.path / "environment.json", made_with | {"code": {"commit": 40 * "0", "dirty": False}})
     started = subprocess.Popen(mpirun(2, "-m", "regrowth", "launch", "mpi", ours.path, "checkpoint.every=3"), stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     wait_for(lambda: happened(tmp_path, "resumed"), started)
     assert len(happened(tmp_path, "config changed")) == 1, "one rank writes it"
     assert happened(tmp_path, "failed")[-1]["lost_steps"] > 0
+    assert [event["from"] for event in happened(tmp_path, "code changed")] == ["000000000000"] * bool(made_with["code"])
     wait_for(lambda: state_of(ours, {})[0] == "running", started)
     assert call(capsys, monkeypatch, "launch", "cancel", ours.path)[0] == 0
     output = started.communicate(timeout=120)[0]
