@@ -43,11 +43,11 @@ def launch(config: str, overrides: list[str]) -> None:
         settings, run = together.together(partial(_open, config, overrides, here))
         if here is None:
             raise UserError(_how_to_start(config, overrides, settings, run))
-        os.environ.update(meeting(os.environ, here, world))
         if run and run.finished:
             if here.rank == 0:
                 print(f"{run.path}: finished already.")
             return
+        os.environ.update(meeting(os.environ, here, world))
         from regrowth.launch.one_rank import be_one_rank
         from regrowth.parallel.mesh import choose_device
 

@@ -68,13 +68,13 @@ def be_one_rank(
         folder = run or RunFolder.create(config)
         if run is None:
             write_json(folder.path / "data.json", {"corpus": place})
-        elif again and not run.ended_by(*KNOWN_ENDS):
-            told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
-            note_loss(folder, told)
         elif _ended_unnoted(folder):
             said = [letter.message for letter in letters(folder.path) if not letter.echo]
             silent = f"{folder.path}: its ranks ended without a word; {folder.path}/logs and what mpirun or srun printed tell why"
             note_loss(folder, said[0] if said else silent)
+        elif again and not run.ended_by(*KNOWN_ENDS):
+            told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
+            note_loss(folder, told)
         for letter in folder.path.glob("logs/rank-*.error"):  # of an earlier start, of ranks that this one may not have
             letter.unlink()
         options = json.loads(os.environ.get("REGROWTH_LAUNCH_OPTIONS", "{}"))

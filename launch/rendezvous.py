@@ -88,9 +88,7 @@ def meeting(environment: Mapping[str, str], here: Standing, world: MpiRanks | No
     """
     own = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
     if world is not None:
-        place = world.first(lambda: {**_chosen(here), **own})
-        if own:  # who names a place means it
-            place.pop("REGROWTH_STORE", None)
+        place = world.first(lambda: _chosen(here, own))
     elif len(own) == 2 or here.size == 1:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **own}
     elif nodes := environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST"):
@@ -120,13 +118,13 @@ def _gpus_are_bound(environment: Mapping[str, str]) -> bool:
     return by_task or environment.get("SLURM_GPU_BIND", "none") != "none"
 
 
-def _chosen(here: Standing) -> dict[str, str]:
-    """By rank 0: ranks of one host meet at a file, as those of a local run do, with no port open to others."""
+def _chosen(here: Standing, own: dict[str, str]) -> dict[str, str]:
+    """By rank 0: ranks of one host meet at a file, as those of a local run do, with no port open to others; unless its environment names a place."""
     address = "127.0.0.1" if here.one_host else socket.gethostname()
     with socket.socket() as free:
         free.bind(("", 0))
-        place = {"MASTER_ADDR": address, "MASTER_PORT": str(free.getsockname()[1])}
-    if here.one_host:
+        place = {"MASTER_ADDR": address, "MASTER_PORT": str(free.getsockname()[1]), **own}
+    if here.one_host and not own:
         place["REGROWTH_STORE"] = str(Path(tempfile.mkdtemp(prefix="regrowth-")) / "store")
     return place
 
