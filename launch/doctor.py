@@ -155,7 +155,7 @@ def _commands() -> list[Finding]:
         (
             "mpi",
             [sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version())"],
-            "only needed for curation over MPI: pip install -e '.[mpi]'",
+            "only needed for ranks that mpirun starts: pip install -e '.[mpi]'",
         ),
         ("gpu driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], "only needed for NVIDIA GPUs"),
     ):

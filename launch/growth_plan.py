@@ -7,8 +7,9 @@ from rich.table import Table
 
 from regrowth.launch.checkpoints import find_checkpoint, run_of
 from regrowth.launch.show import machine_of
+from regrowth.parallel.cluster import Cluster
 from regrowth.parallel.plan import AXES, ParallelPlan
-from regrowth.parallel.planner import Cluster, predict
+from regrowth.parallel.planner import predict
 from regrowth.parallel.search import best_plan
 from regrowth.pretrain.checkpoint import read_state
 from regrowth.pretrain.config import RunConfig, load_config

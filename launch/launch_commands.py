@@ -23,26 +23,41 @@ def local(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 def slurm(
     config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="A described machine, or a path: the defaults of the options below, and their limits.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: 1; with --cluster, as many as the plan needs.")] = None,
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="In the place of --nodes: as many nodes as the plan then needs.")
     ] = None,
     spares: Annotated[int, typer.Option(min=0, help="Nodes to ask for beside those, for when one fails.")] = 0,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
-    minutes: Annotated[int, typer.Option(min=1, help="Time limit.")] = 60,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs to ask for on each node.")] = 0,
+    minutes: Annotated[int | None, typer.Option(min=1, help="Time limit; default: 60.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs to ask for on each node; default: 0.")] = None,
     setup: Annotated[
         list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
     ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
 ) -> None:
     """Submit a run as a Slurm job."""
-    from regrowth.launch.slurm import JobOptions
+    from regrowth.launch.on_cluster import options_on
     from regrowth.launch.slurm import launch as go
 
-    options = JobOptions(nodes, partition, account, minutes, gpus_per_node, setup or [], ranks_per_node, spares)
-    go(config, overrides or [], options, print_only)
+    asked = {"nodes": nodes, "partition": partition, "account": account, "minutes": minutes, "gpus_per_node": gpus_per_node, "setup": setup,
+             "ranks_per_node": ranks_per_node, "spares": spares}  # fmt: skip
+    go(config, overrides or [], options_on(cluster, asked), print_only)
+
+
+@launch_app.command("mpi")
+def mpi(
+    config: Annotated[str, typer.Argument(help="A TOML file, the name of a recipe, or the folder of a run to go on with.")],
+    overrides: Overrides = None,
+) -> None:
+    """Be one of the ranks that mpirun or srun start: `mpirun -n 4 regrowth launch mpi CONFIG`."""
+    from regrowth.launch.mpi import launch as go
+
+    go(config, overrides or [])
 
 
 @launch_app.command("end-job", hidden=True)

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from regrowth.errors import RegrowthError
 from regrowth.launch.arguments import Config, DryRun, Overrides
 from regrowth.launch.launch_commands import launch_app
+from regrowth.launch.letter import tell
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -128,7 +129,7 @@ def grow_plan(
     tokens: Annotated[
         float, typer.Option(help="Tokens that the grown model is to be worth, as if it had been trained from scratch.")
     ] = 0.0,
-    cluster: Annotated[str, typer.Option(help="laptop, h100_node, or a TOML file.")] = "laptop",
+    cluster: Annotated[str, typer.Option(help="A described machine, or a path.")] = "laptop",
     ranks: Annotated[int, typer.Option(help="For which to search a parallel plan; 0: as many as the config's.", min=0)] = 0,
 ) -> None:
     """When to grow a model, what it saves and costs, and the parallel plan for the grown one."""
@@ -432,9 +433,9 @@ def main() -> None:
     except RegrowthError as error:
         if debug:
             traceback.print_exc()
-        sys.exit(_tell(str(error), error.exit_code))
+        sys.exit(tell(str(error), error.exit_code))
     except KeyboardInterrupt:
-        sys.exit(_tell(_STOPPED, 75))
+        sys.exit(tell(_STOPPED, 75))
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
@@ -442,20 +443,11 @@ def main() -> None:
             error.show()  # pyright: ignore[reportAttributeAccessIssue]
             sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
         if type(error).__name__ == "Abort":  # how older ones tell of it
-            sys.exit(_tell(_STOPPED, 75))
+            sys.exit(tell(_STOPPED, 75))
         if debug:
             traceback.print_exc()
         sys.exit(
-            _tell(
+            tell(
                 f"{type(error).__name__}: {error}\nThis should have been a clearer message; `regrowth --debug ...` shows the traceback.", 1
             )
         )
-
-
-def _tell(message: str, code: int) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
-    label, style = {75: ("stopped", "bold yellow"), 2: ("error", "bold red")}.get(code, ("failed", "bold red"))
-    Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{label}: ", style), message))
-    return code

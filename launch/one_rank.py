@@ -1,4 +1,4 @@
-"""One rank of a run, as torchrun starts it, on its own or in a Slurm job."""
+"""One rank of a run, as torchrun starts it, on its own or in a Slurm job; or as mpirun or srun do."""
 
 import faulthandler
 import json
@@ -8,18 +8,19 @@ import signal
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from regrowth.errors import UserError
 from regrowth.files import write_json, write_text
-from regrowth.launch.local import final_letter
+from regrowth.launch.local import final_letter, letters
 from regrowth.launch.place import note_place, place_of
 from regrowth.launch.supervise import KNOWN_ENDS, backoff, losses_in_a_row, note_loss
-from regrowth.launch.training import corpus_of, own_corpus
-from regrowth.parallel.agree import on_first_rank
+from regrowth.launch.training import change_config, corpus_of, own_corpus
+from regrowth.parallel.agree import on_first_rank, patience
 from regrowth.parallel.mesh import choose_device, process_group
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.rank_output import Stamped
@@ -28,9 +29,20 @@ from regrowth.pretrain.train import train as train_rank
 from regrowth.pretrain.worker import leave_letter
 from regrowth.settings import differences
 
+_MEETING_SECONDS = 600.0  # for all ranks to be there, at least: hosts import at different speeds
 
-def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
+
+def be_one_rank(
+    config: RunConfig,
+    run: RunFolder | None,
+    by: Literal["torchrun", "mpi"] = "torchrun",
+    failed: Callable[[Path, BaseException], object] = leave_letter,
+) -> None:
     """Rank 0 prepares data and folder, then all train.
+
+    Args:
+        config: of a run to go on with, its own with what is to change in it.
+        failed: called with the run's folder when this rank fails.
 
     Raises:
         UserError: the plan needs another number of ranks; the config has changed since this job began; or what a rank said before torchrun started it again.
@@ -39,15 +51,15 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
     noted = _run_of_this_job(config)
     run = run or noted
     again = bool(run and noted and run.path.resolve() == noted.path.resolve())
-    if run:
+    if run and run is noted:
         config = run.config()
     if again and run and (run.replanned or run.finished):  # the job's script goes on with it; or a rank was lost on its way out
         return
-    world_size = int(os.environ["WORLD_SIZE"])
     restarted = any(os.environ.get(count, "0") != "0" for count in ("TORCHELASTIC_RESTART_COUNT", "REGROWTH_START"))  # in the same job
     world_size = int(os.environ["WORLD_SIZE"])
+    fewer = None
     if restarted and config.supervision.elastic and world_size < config.parallel.world_size:  # on what is left of the job's nodes
-        config = config.with_fewer_replicas(world_size) or config
+        fewer = config.with_fewer_replicas(world_size)
 
     def set_up() -> tuple[Path, str]:
         # Torchrun starts again whatever it was that ended a rank; each of its agents counts the ends of its own ranks.
@@ -55,10 +67,16 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
             raise last
         if again and run and not restarted:
             _refuse_a_changed_config(run, asked)
+        if run:
+            change_config(run, config)
         place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
         folder = run or RunFolder.create(config)
         if run is None:
             write_json(folder.path / "data.json", {"corpus": place})
+        elif _ended_unnoted(folder):
+            said = [letter.message for letter in letters(folder.path) if not letter.echo]
+            silent = f"{folder.path}: its ranks ended without a word; {folder.path}/logs and what mpirun or srun printed tell why"
+            note_loss(folder, said[0] if said else silent)
         elif again and not run.ended_by(*KNOWN_ENDS):
             told = f"{folder.path}: a rank was lost, and torchrun started all of them again; {folder.path}/logs and the job's log tell why"
             note_loss(folder, told)
@@ -68,24 +86,33 @@ def be_one_rank(config: RunConfig, run: RunFolder | None) -> None:
             letter.unlink()
         options = json.loads(os.environ.get("REGROWTH_LAUNCH_OPTIONS", "{}"))
         job = os.environ.get("SLURM_JOB_ID", "") if options else ""
-        note_place(folder, "slurm" if job else "torchrun", job=job, options=options, asked=asked if job else {})
+        note_place(folder, "slurm" if job else by, job=job, options=options, asked=asked if job else {})
         if note := _note_of_this_job(config):  # for the job's own script, which the run may outlive, and for its next start
             write_text(note, str(folder.path.resolve()))
         return folder.path, place
 
     try:
-        (run.plan(config) if run else config.parallel).check_world(world_size)
+        (run.plan(fewer or config) if run else config.parallel).check_world(world_size)
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    # The data may take hours to prepare on rank 0 while the others wait; for training, `train_rank` shortens the group's patience.
-    with process_group(choose_device(config.run.device), timeout_seconds=24 * 3600):
-        folder, place = on_first_rank(set_up)
+    meeting_seconds = max(_MEETING_SECONDS, config.run.timeout_seconds)
+    with process_group(choose_device(config.run.device), meeting_seconds):
+        with patience(meeting_seconds):  # the data may take hours to prepare on rank 0
+            folder, place = on_first_rank(set_up)
         _tee_output(folder)
+        if os.environ["RANK"] == "0":
+            print(f"run {folder}", flush=True)
         try:
-            train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), config=config if run else None)
+            train_rank(folder, place, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), config=fewer)
         except BaseException as error:
-            leave_letter(folder, error)
+            failed(folder, error)
             raise
+
+
+def _ended_unnoted(run: RunFolder) -> bool:
+    """Whether mpirun or srun have ended the last start's ranks, of which nobody else takes note."""
+    place, last = place_of(run), run.rows("events")[-1:]
+    return bool(place and place.by == "mpi" and last and not run.replanned and not run.finished) and not run.ended_by(*KNOWN_ENDS)
 
 
 def _refuse_a_changed_config(run: RunFolder, asked: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from regrowth.parallel.heartbeat import beats
 from regrowth.pretrain.run_folder import RunFolder
 
 ALIVE = ("running", "waiting", "ending", "elsewhere")
+By = Literal["local", "slurm", "torchrun", "mpi"]
 State = Literal["running", "waiting", "ending", "elsewhere", "finished", "stopped", "failed", "lost"]
 
 
@@ -22,7 +23,7 @@ State = Literal["running", "waiting", "ending", "elsewhere", "finished", "stoppe
 class Place:
     """What started a run last."""
 
-    by: Literal["local", "slurm", "torchrun"]
+    by: By
     host: str
     pid: int  # of the launcher, or of rank 0 where that is not ours
     job: str = ""
@@ -35,7 +36,7 @@ def lock_of(run: RunFolder) -> Path:
     return run.path / ".launcher.lock"
 
 
-def note_place(run: RunFolder, by: Literal["local", "slurm", "torchrun"], **more: Any) -> None:
+def note_place(run: RunFolder, by: By, **more: Any) -> None:
     """Say that this process runs the run. `more`: further fields of `Place`."""
     write_json(run.path / "launch.json", asdict(Place(by, socket.gethostname(), os.getpid(), **more)))
 
@@ -69,7 +70,7 @@ def state_of(run: RunFolder, queue: dict[str, dict[str, int]]) -> tuple[State, s
         if place.host != socket.gethostname():
             if not run.finished and not _end_of(run) and (ago := last_sign(run)) is not None and ago < _silence(run):
                 return "elsewhere", f"on {place.host}, last sign {ago:.0f} s ago"
-        elif held(lock_of(run)) or (place.by == "torchrun" and held(run.path / ".lock")):
+        elif held(lock_of(run)) or (place.by in ("torchrun", "mpi") and held(run.path / ".lock")):
             return "running", f"process {place.pid} on this machine"
         elif held(run.path / ".lock"):
             return "ending", "its launcher is gone; its ranks write a checkpoint and end"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -135,7 +136,7 @@ def resume(folder: Path, overrides: list[str]) -> None:
     """The `launch resume` command: as it was started before, on this machine or as a Slurm job with the same options.
 
     Raises:
-        UserError: it is running.
+        UserError: it is running, or was started by mpirun or srun.
     """
     run = RunFolder.open(folder)
     place = place_of(run)
@@ -145,6 +146,10 @@ def resume(folder: Path, overrides: list[str]) -> None:
     if place and place.by == "slurm":
         launch(str(run.path), overrides, JobOptions(**place.options))
         return
+    if place and place.by == "mpi":
+        again = shlex.join(["regrowth", "launch", "mpi", str(run.path), *overrides])
+        raise UserError(f"{run.path}: was started by mpirun or srun. Go on in the same way: mpirun -n {run.plan().world_size} {again}; "
+                        f"or with ranks of this machine: regrowth train --resume {shlex.quote(str(run.path))}")  # fmt: skip
     from regrowth.launch.training import train
 
     train(None, overrides, run.path, dry_run=False)

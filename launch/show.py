@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from regrowth.data_pipeline.config import DataConfig
+    from regrowth.parallel.cluster import Cluster
     from regrowth.parallel.plan import ParallelPlan
-    from regrowth.parallel.planner import Cluster
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.model_config import ModelConfig
 
@@ -65,7 +65,7 @@ def machine_of(name: str) -> "Cluster":
     Raises:
         UserError: it is neither.
     """
-    from regrowth.parallel.planner import clusters, load_cluster
+    from regrowth.parallel.cluster import clusters, load_cluster
 
     known = clusters()
     if name not in known and not Path(name).exists():

@@ -35,6 +35,7 @@ class JobOptions:
     setup: list[str] = field(default_factory=list)  # shell lines that run first
     ranks_per_node: int | None = None
     spares: int = 0  # nodes beside those that the run needs
+    max_nodes: int | None = None  # that the machine's description allows
 
 
 def launch(config: str, overrides: list[str], options: JobOptions, print_only: bool = False) -> str:
@@ -119,9 +120,15 @@ def render(config: str, overrides: list[str], options: JobOptions) -> tuple[str,
     nodes = options.nodes
     if options.ranks_per_node:
         nodes = next(n for n in range(-(-ranks // options.ranks_per_node), ranks + 1) if ranks % n == 0)
+    if options.max_nodes and nodes + options.spares > options.max_nodes:
+        raise UserError(f"--nodes {nodes}{f' --spares {options.spares}' if options.spares else ''}: the machine's description allows slurm.max_nodes = {options.max_nodes}. Choose a plan (parallel.*) of fewer "
+                        f"than {ranks} ranks, or more of them on a node.")  # fmt: skip
     if ranks % nodes:
         raise UserError(f"--nodes {nodes}: the plan's {ranks} ranks do not fall evenly on them; choose nodes from "
                         f"{', '.join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)} or change parallel.*")  # fmt: skip
+    if 0 < options.gpus_per_node < ranks // nodes and settings.run.device != "cpu":
+        raise UserError(f"--gpus-per-node {options.gpus_per_node}: {ranks // nodes} ranks come to each of {nodes} nodes, and each rank needs a GPU. "
+                        f"Ask for more --nodes, or for as many GPUs as ranks.")  # fmt: skip
     for name, value in (
         ("--partition", options.partition),
         ("--account", options.account),

@@ -34,8 +34,6 @@ def train(config: str | None, overrides: list[str], resume: Path | None, dry_run
         overrides = ([config] if config else []) + overrides
         run = RunFolder.open(resume)
         settings = run.config(overrides)
-        if overrides and not dry_run:
-            _change_config(run, settings)
     elif config is None:
         raise UserError("name a config (regrowth train CONFIG) or a run to go on with (regrowth train --resume RUN).")
     else:
@@ -50,6 +48,8 @@ def train(config: str | None, overrides: list[str], resume: Path | None, dry_run
 
         be_one_rank(settings, run)
         return
+    if run:
+        change_config(run, settings)
     run_training(settings, Console(), run)
 
 
@@ -137,11 +137,17 @@ def tokenizer_of(run: "RunFolder") -> "Tokenizer":
     return open_corpora(corpus_of(run), run.config().loader.model_copy(update={"corpora": []})).tokenizer
 
 
-def _change_config(run: "RunFolder", config: "RunConfig") -> None:
-    """Write changed settings into the run, with the change logged."""
+def change_config(run: "RunFolder", config: "RunConfig") -> None:
+    """Write changed settings into the run, with the change logged.
+
+    Raises:
+        UserError: they cannot change any more.
+    """
     from regrowth.settings import differences, to_toml
 
     before = run.config()
+    if before == config:
+        return
     fixed = [name for name in ("model", "data") if getattr(before, name) != getattr(config, name)]
     # What a sequence is and in which order they come is settled; which domains they come from, and how many a step takes, is not.
     order = ("corpus", "sequence_length", "unit_sequences", "packing", "seed")
@@ -150,8 +156,6 @@ def _change_config(run: "RunFolder", config: "RunConfig") -> None:
         raise UserError(f"{run.path}: {' and '.join(fixed)} cannot change once a run has begun; start a new run for that.")
     if config.loader.corpora != before.loader.corpora or config.mixing != before.mixing:
         _check_mixture(run, config)
-    if before == config:
-        return
     write_text(run.path / "config.toml", to_toml(config))
     changed = differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
     told = "; ".join(f"{key}: {json.dumps(old)} -> {json.dumps(new)}" for key, old, new in changed)
@@ -175,7 +179,8 @@ def report(folder: Path) -> None:
 
 def make_report(run: "RunFolder") -> Path:
     """Write a run's report, with the byte trigram measured if it is not yet."""
-    from regrowth.parallel.planner import clusters, load_cluster, predict
+    from regrowth.parallel.cluster import clusters, load_cluster
+    from regrowth.parallel.planner import predict
     from regrowth.pretrain.checkpoint import read_state
     from regrowth.pretrain.checkpoint_folders import list_checkpoints
     from regrowth.pretrain.report.build import write_baseline, write_report

@@ -21,12 +21,15 @@ from regrowth.parallel.plan import AXES, ParallelPlan
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is this rank's GPU where every rank of this machine has one, else the CPU.
+    """`auto` is this rank's GPU where every rank of this machine has one, else the CPU. Where REGROWTH_OWN_GPU is set, a rank that sees one GPU has it for itself.
 
     Raises:
         UserError: "cuda" was asked for and torch has too few GPUs here.
     """
     gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own = gpus == 1 and "REGROWTH_OWN_GPU" in os.environ
+    if own:
+        ranks = 1
     if name == "auto":
         name = "cuda" if gpus >= ranks else "cpu"
     if name == "cuda":
@@ -34,7 +37,7 @@ def choose_device(name: str) -> torch.device:
             raise UserError(
                 f'run.device = "cuda": {ranks} ranks on this machine and {gpus} GPUs that torch can use. Use "cpu", or a plan of fewer ranks.'
             )
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local = 0 if own else int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return torch.device(name)

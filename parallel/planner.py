@@ -6,28 +6,10 @@ Time: matrix FLOPs over the machine's sustained rate with the pipeline's bubble,
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
-from pydantic import Field
-
+from regrowth.parallel.cluster import Cluster
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.settings import Settings, load, recipe_folder
-
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Cluster(Settings):
-    """A machine as the planner sees it; `configs/clusters/*.toml`."""
-
-    name: str
-    device: str
-    devices_per_node: Annotated[int, Field(ge=1)]
-    memory_gib: Positive  # of one device
-    sustained_tflops: Positive  # of one device in the training dtype, as large matrix products reach it
-    efficiency: Annotated[float, Field(gt=0, le=1)]  # share of that which a training step reaches
-    link_gbytes_per_second: Positive  # within a node, each way, per device
-    network_gbytes_per_second: Positive  # between nodes, each way, per device
 
 
 class ModelSize(Protocol):
@@ -71,16 +53,6 @@ class Prediction:
     def fits(self) -> bool:
         """Whether the memory of a device suffices."""
         return self.memory_bytes <= self.capacity_bytes
-
-
-def clusters() -> dict[str, Path]:
-    """The described machines that ship with the package, by name."""
-    return {path.stem: path for path in sorted((recipe_folder() / "clusters").glob("*.toml"))}
-
-
-def load_cluster(path: Path) -> Cluster:
-    """A machine's description."""
-    return load(Cluster, path)
 
 
 def predict(

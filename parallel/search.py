@@ -2,8 +2,9 @@
 
 from typing import Protocol
 
+from regrowth.parallel.cluster import Cluster
 from regrowth.parallel.plan import AXES, ModelDims, ParallelPlan, factorings
-from regrowth.parallel.planner import Cluster, ModelSize, Prediction, predict
+from regrowth.parallel.planner import ModelSize, Prediction, predict
 
 
 class Model(ModelDims, ModelSize, Protocol):

@@ -1,32 +1,31 @@
 """The folder of a run, which explains itself.
 
 runs/2026-11-21_quickstart/
-  config.toml        resolved; the command line and versions in its head     environment.json
+  config.toml        resolved; the command line and versions in its head     environment.json, code.patch  code, versions, devices
   metrics.jsonl      one row a step                                           evaluations.jsonl
   mixing.jsonl       every draw and what the policy learned from it           events.jsonl  growth, precision, restarts, skipped steps
   checkpoints/       logs/rank-0.log ...      export/hf/      report.html
 """
 
 import json
-import os
 import platform
 import re
 import shlex
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from regrowth import __version__
 from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import UserError
-from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, read_jsonl, write_json, write_text
+from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, read_jsonl, write_text
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.event import plan_in_force
 from regrowth.pretrain.lineage import read_lineage
+from regrowth.pretrain.snapshot import write_snapshot
 from regrowth.settings import load, to_toml
 
 LOGS = ("metrics", "evaluations", "mixing", "events")
@@ -58,7 +57,7 @@ class RunFolder:
                 raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({error.strerror}).") from error
         head = f"# {shlex.join(sys.argv)}\n# regrowth {__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n\n"
         write_text(path / "config.toml", head + to_toml(config))
-        write_json(path / "environment.json", environment())
+        write_snapshot(path)
         return cls(path)
 
     @classmethod
@@ -154,23 +153,3 @@ def unfinished_run(config: RunConfig) -> RunFolder | None:
         except UserError:  # of another version
             continue
     return None
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions, for the report; no user name, no variables."""
-    names = ("torch", "numpy", "pyarrow", "tokenizers", "safetensors", "transformers", "datasets", "pydantic")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "regrowth": __version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "packages": versions,
-    }

@@ -27,6 +27,7 @@ from regrowth.parallel.mesh import choose_device, process_group
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.pretrain.session import prepare_process
+from regrowth.pretrain.snapshot import note_start
 from regrowth.pretrain.trainer import Trainer
 
 
@@ -68,6 +69,8 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
     with process_group(device, config.run.timeout_seconds) as (rank, world_size):
         heart = heart or Heartbeat(folder / "logs", rank, world_size)
         heart.beat(0, "startup")
+        if rank == 0 and (changed := note_start(folder, **_device(device, world_size))):
+            run.log("events", {**changed, "step": max(run.checkpointed, 0)})
         if config.supervision.health_check:
             found = on_every_rank(lambda: _check_health(device, folder))
             speed = health.reduce_speed(device)
@@ -89,6 +92,22 @@ def train(folder: Path, place: str | Path, ranks_here: int = 1, heart: Heartbeat
                 if told := explain(folder / "logs", error, rank):
                     raise RankLost(f"{folder}: {told}") from error
                 raise
+
+
+def _device(device: torch.device, ranks: int) -> dict[str, str | int]:
+    """What the first rank computes on, and how many there are."""
+    if device.type == "cuda":
+        runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        return {"device": f"{torch.cuda.get_device_name(device)}, {runtime}", "ranks": ranks}
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {"device": names[0] if names else platform.processor() or "cpu", "ranks": ranks}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _check_health(device: torch.device, folder: Path) -> health.Health:

@@ -32,8 +32,8 @@ class MpiRanks(Alone):
     """
 
     def __init__(self) -> None:
-        mpi: Any = need("mpi4py.MPI", "starting with mpirun")
-        self._world = mpi.COMM_WORLD
+        self._mpi: Any = need("mpi4py.MPI", "starting with mpirun")
+        self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
 
     def first(self, action: Callable[[], T]) -> T:
@@ -48,6 +48,20 @@ class MpiRanks(Alone):
             if other[0] != "ok":
                 _unwrap(other)
         return value
+
+    def on_this_host(self) -> tuple[int, int]:
+        """(rank, ranks) among those of this host."""
+        host = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
+        return host.Get_rank(), host.Get_size()
+
+    def leave(self) -> None:
+        """Part from the others, when they do so too."""
+        self._wait()
+        self._mpi.Finalize()
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once, this one too."""
+        self._world.Abort(code)
 
     def _wait(self) -> None:
         """For all ranks, without burning a core: MPI's own barrier spins."""

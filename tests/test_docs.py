@@ -80,6 +80,7 @@ def test_the_documented_folder_of_a_run_is_what_a_run_leaves(small_run: tuple[Pa
     _, run = small_run
     for name in (
         "config.toml",
+        "environment.json",
         "metrics.jsonl",
         "evaluations.jsonl",
         "mixing.jsonl",

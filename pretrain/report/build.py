@@ -233,7 +233,12 @@ def _seconds(value: float | None) -> str:
 
 
 def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [(key, str(value)) for key, value in environment.items() if key != "packages"]
+    rows = [(key, str(value)) for key, value in environment.items() if key not in ("packages", "variables", "code")]
+    if code := environment.get("code"):
+        changes = f"yes, in code.patch{' (cut)' if code.get('patch_cut') else ''}" if code["dirty"] else "none"
+        rows += [("commit", code["commit"]), ("uncommitted changes", changes)]
+    if variables := environment.get("variables"):
+        rows.append(("variables", ", ".join(f"{name}={value}" for name, value in variables.items())))
     packages = ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
     return [*rows, ("packages", packages)]
 

@@ -5,9 +5,10 @@ import itertools
 import pytest
 from pydantic import ValidationError
 
+from regrowth.parallel.cluster import clusters, load_cluster
 from regrowth.parallel.pipeline import balanced, stages_of_rank
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.parallel.planner import clusters, load_cluster, predict
+from regrowth.parallel.planner import predict
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
 
 MODEL = ModelConfig(vocabulary=1024, width=64, layers=6, heads=6, kv_heads=2, head_dim=16, ffn_width=128)

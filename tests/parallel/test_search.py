@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
+from regrowth.parallel.cluster import clusters, load_cluster
 from regrowth.parallel.plan import ParallelPlan
-from regrowth.parallel.planner import clusters, load_cluster, predict
+from regrowth.parallel.planner import predict
 from regrowth.parallel.search import best_plan
 from regrowth.pretrain.model_config import ModelConfig
 
