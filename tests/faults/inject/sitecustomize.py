@@ -1,6 +1,7 @@
 """On the path of the processes under test only: lets one rank do something terrible in one moment of its run, once.
 
-Python imports this module by itself in each process. REGROWTH_TEST_FAULT names what is done, to whom, when, and the file that says that it was done.
+Python imports this module by itself in each process. REGROWTH_TEST_FAULT names what is done, to whom, when, and the file that says that it was done;
+REGROWTH_TEST_DISK puts the run on a strict disk.
 """
 
 import json
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from strict_disk import StrictDisk, cut_the_power
 
 _FAULT = json.loads(os.environ.get("REGROWTH_TEST_FAULT", "{}"))
 
@@ -36,6 +39,8 @@ def _strike() -> None:
             raise RuntimeError("a fault put there by a test")
         case "exit code 1":
             os._exit(1)
+        case "power cut":
+            cut_the_power()
 
 
 def _after(owner: Any, name: str) -> None:
@@ -54,7 +59,7 @@ def _watch_for_the_moment() -> None:
     from regrowth.parallel.heartbeat import Heartbeat
 
     beat, here = Heartbeat.beat, int(os.environ["RANK"])
-    aimed = here == (0 if _FAULT["who"] == "launcher" else int(_FAULT["who"]))
+    aimed = here == (int(_FAULT["who"]) if _FAULT["who"].isdecimal() else 0)
 
     def watching(self: Heartbeat, step: int, phase: Any) -> None:
         beat(self, step, phase)
@@ -76,3 +81,5 @@ def _watch_for_the_moment() -> None:
 
 if _FAULT and "RANK" in os.environ and not Path(_FAULT["marker"]).exists():
     _watch_for_the_moment()
+if disk := os.environ.get("REGROWTH_TEST_DISK"):
+    StrictDisk(**json.loads(disk)).__enter__()  # as long as the process lives
