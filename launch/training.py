@@ -116,6 +116,10 @@ def corpus_of(run: "RunFolder") -> str:
     """
     from regrowth.data_pipeline.sources.paths import is_remote
 
+    if not (run.path / "data.json").exists():
+        raise UserError(
+            f"{run.path}: this run was cut off before it began (it has no data.json). Remove it, and start it anew: regrowth train CONFIG"
+        )
     place = str(read_json(run.path / "data.json")["corpus"])
     if not is_remote(place) and not (Path(place) / "corpus.json").exists():
         again = "" if run.config().loader.corpus else f"Prepare it again (regrowth data prepare {run.path}/config.toml) or "

@@ -5,6 +5,7 @@ rank; `DeviceMesh`es for FSDP2 and for checkpoints are put together from them.
 """
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -50,6 +51,9 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
     RANK and WORLD_SIZE, and where the ranks meet: MASTER_ADDR and MASTER_PORT, or REGROWTH_STORE, a file that ranks of one machine meet at without a port.
 
     Alone, no group is made. Within a group, that one stays, and gets this time-out.
+
+    Raises:
+        UserError: the port is another process's.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1 or dist.is_initialized():
@@ -59,7 +63,15 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = os.environ.get("REGROWTH_STORE")
     meeting: dict[str, Any] = {"init_method": f"file://{store}", "rank": int(os.environ["RANK"]), "world_size": world_size} if store else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another process of {socket.gethostname()} listens there. Give all ranks another port, "
+            "or let torchrun choose a free one (--standalone, --rdzv-endpoint HOST:0)."
+        ) from error
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

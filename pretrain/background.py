@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -49,9 +50,15 @@ class BackgroundSaver:
         return self._error is not None
 
     def start(
-        self, path: Path, step: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: CheckpointState
+        self,
+        path: Path,
+        step: int,
+        weights: dict[str, torch.Tensor],
+        moments: dict[str, torch.Tensor],
+        state: CheckpointState,
+        logs: Sequence[Path] = (),
     ) -> Saved | None:
-        """Copy, and begin to write; returns what was still on its way.
+        """Copy, and begin to write; returns what was still on its way. `logs`: as `save_checkpoint` takes them.
 
         Raises:
             RunFailed: the one before could not be written.
@@ -61,7 +68,7 @@ class BackgroundSaver:
         state = copy.deepcopy(state)  # the loader's goes on living
         copies = [self._stage(kind, tensors) for kind, tensors in (("model", weights), ("optimizer", moments))]
         stall = time.perf_counter() - began
-        self._thread = threading.Thread(target=self._write, args=(path, step, *copies, state, stall), daemon=True, name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(path, step, *copies, state, stall, logs), daemon=True, name="checkpoint")
         self._thread.start()
         return before
 
@@ -108,11 +115,12 @@ class BackgroundSaver:
         moments: dict[str, torch.Tensor],
         state: CheckpointState,
         stall: float,
+        logs: Sequence[Path],
     ) -> None:
         began = time.perf_counter()
         _step_back()
         try:
-            save_checkpoint(path, weights, moments, state, group=self._group)
+            save_checkpoint(path, weights, moments, state, group=self._group, logs=logs)
             self._saved = Saved(path, step, stall, time.perf_counter() - began)
         except BaseException as error:
             self._error = error

@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from regrowth.errors import RunFailed, UserError
-from regrowth.files import disk_full_message, fsync_path, read_json, sha256_of
+from regrowth.files import disk_full_message, fsync_path, make_folder, read_json, sha256_of
 from regrowth.parallel.agree import on_first_rank
 from regrowth.parallel.heartbeat import tells_of_a_lost_rank
 from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
@@ -59,11 +59,13 @@ def save_checkpoint(
     state: CheckpointState,
     alone: bool = False,
     group: dist.ProcessGroup | None = None,
+    logs: Sequence[Path] = (),
 ) -> str:
     """Write a checkpoint atomically; every rank calls it with its shards, or one calls it `alone` with whole tensors. Returns its id.
 
     Args:
         group: of all ranks, whose collectives to use; None for the default one.
+        logs: that tell of the steps before it, and are synced before it stands: who goes on from it does not write these steps again.
 
     Raises:
         RunFailed: on every rank, if any of them could not write (disk full, I/O error). Older checkpoints are untouched.
@@ -76,7 +78,7 @@ def save_checkpoint(
         # What fails on one rank inside of these comes to all of them as one CheckpointException (which is no Exception).
         files = {f"{kind}/{file.name}": file for kind, tensors in (("model", weights), ("optimizer", moments))
                  for file in _save_tensors(folder / kind, tensors, alone, group)}  # fmt: skip
-        return once(lambda: finish(folder, path, state, files))
+        return once(lambda: finish(folder, path, state, files, logs))
     except (Exception, CheckpointException) as error:
         raise _write_failure(path, error) from error
     finally:
@@ -87,6 +89,7 @@ def save_checkpoint(
 def _fresh_folder(partial: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
     for old in partial.parent.glob(".step-*.partial"):  # left by a killed writer
         shutil.rmtree(old, ignore_errors=True)
+    make_folder(partial.parent)
     for name in ("model", "optimizer"):
         (partial / name).mkdir(parents=True)
     try:
@@ -115,7 +118,7 @@ def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], alone: bool, g
     return writer.files
 
 
-def finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, TensorFile]) -> str:
+def finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, TensorFile], logs: Sequence[Path] = ()) -> str:
     """Make a checkpoint of a folder that has all tensor files: the small files, the manifest last, then the rename. Returns its id."""
     parts = {"model": state.model.model_dump(), "loader": state.loader, "trainer": state.trainer, "lineage": state.lineage.model_dump()}
     small = [_dump(partial / f"{name}.json", value) for name, value in parts.items()]
@@ -124,7 +127,8 @@ def finish(partial: Path, path: Path, state: CheckpointState, files: dict[str, T
     identity = content_id(sums["model.json"]["sha256"], files)
     manifest = {"format": FORMAT, "id": identity, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": sums}
     small.append(_dump(partial / "manifest.json", manifest))
-    for file in [*small, partial / "model", partial / "optimizer", partial]:  # ranks have synced their own files
+    # Ranks have synced their own files; a log's entry in its folder may be as new as the log.
+    for file in [*small, partial / "model", partial / "optimizer", partial, *logs, *{log.parent for log in logs}]:
         fsync_path(file)
     if path.exists():  # the same step written again after a rewind
         shutil.rmtree(path)
@@ -293,10 +297,13 @@ def has_moments(name: str) -> bool:
 def set_aside(run: Path, newer_than: Path | None) -> None:
     """Rename what was refused to `refused-step-N`, so that it is neither counted nor removed as one of the checkpoints."""
     paths = list_checkpoints(run)
-    for path in paths[paths.index(newer_than) + 1 :] if newer_than else paths:
+    newer = paths[paths.index(newer_than) + 1 :] if newer_than else paths
+    for path in newer:
         aside = path.with_name(f"refused-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.replace(aside)
+    if newer:  # the logs, which are cut back next, must not be on the disk without this
+        fsync_path(run / "checkpoints")
 
 
 def prune(run: Path, keep: int) -> None:

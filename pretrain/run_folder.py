@@ -19,7 +19,7 @@ from typing import Any
 from regrowth import __version__
 from regrowth.data_pipeline.mixing.decisions import is_decision
 from regrowth.errors import UserError
-from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, read_jsonl, write_text
+from regrowth.files import append_jsonl, atomic_path, iterate_jsonl, make_folder, read_jsonl, sync_entry, write_text
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.checkpoint_folders import list_checkpoints, step_of
 from regrowth.pretrain.config import RunConfig
@@ -45,16 +45,11 @@ class RunFolder:
             UserError: the folder cannot be made.
         """
         base = config.run.folder / f"{time.strftime('%Y-%m-%d')}_{config.run.name}"
-        number, path = 1, base
-        while True:
-            try:
-                path.mkdir(mode=0o700, parents=True)  # its owner's alone: text and paths are in the logs
-                break
-            except FileExistsError:
-                number += 1
-                path = base.with_name(f"{base.name}_{number}")
-            except OSError as error:
-                raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({error.strerror}).") from error
+        try:
+            make_folder(base.parent)
+            path = _new_folder(base)
+        except OSError as error:
+            raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({error.strerror}).") from error
         head = f"# {shlex.join(sys.argv)}\n# regrowth {__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n\n"
         write_text(path / "config.toml", head + to_toml(config))
         write_snapshot(path)
@@ -68,7 +63,7 @@ class RunFolder:
             UserError: it is not a run's folder.
         """
         if not (path / "config.toml").exists():
-            raise UserError(f"{path}: not a run's folder (no config.toml in it).")
+            raise UserError(f"{path}: not a run's folder (no config.toml in it). Name another, or start it anew: regrowth train CONFIG")
         return cls(path)
 
     def config(self, overrides: list[str] | None = None) -> RunConfig:
@@ -78,6 +73,10 @@ class RunFolder:
     def log(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to one of the run's logs."""
         append_jsonl(self.path / f"{name}.jsonl", row)
+
+    def logs(self) -> list[Path]:
+        """The files of the run's logs that there are."""
+        return sorted(self.path.glob("*.jsonl"))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of one of the run's logs."""
@@ -139,6 +138,18 @@ class RunFolder:
         """Whether the run reached its last step; one whose `run.steps` was raised since is not finished any more."""
         last = max((row["step"] for row in self.rows("events") if row["event"] == "finished"), default=-1)
         return last >= 0 and last >= self.config().run.steps
+
+
+def _new_folder(base: Path) -> Path:
+    number, path = 1, base
+    while True:
+        try:
+            path.mkdir(mode=0o700)  # its owner's alone: text and paths are in the logs
+            sync_entry(path)
+            return path
+        except FileExistsError:
+            number += 1
+            path = base.with_name(f"{base.name}_{number}")
 
 
 def unfinished_run(config: RunConfig) -> RunFolder | None:

@@ -34,7 +34,8 @@ class Saving:
         if self.at != step:
             state = session.state(step, guard)
             path = checkpoint_path(self.records.run.path, step, grown=step in session.lineage.growth_steps)
-            before = self.background.start(path, step, session.engine.weights(), session.engine.moments(), state)
+            logs = self.records.run.logs()
+            before = self.background.start(path, step, session.engine.weights(), session.engine.moments(), state, logs)
             self.at = step
             if before is not None:
                 self._note(before)

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,6 +53,21 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each of them synced into the one that holds it: what is synced in a folder is lost with it."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    """Flush the entry of a new folder to the disk."""
+    with suppress(PermissionError):  # the one above may be open for writing and not for reading
+        fsync_path(path.parent)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed into place, on failure it is removed.
@@ -60,7 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         RunFailed: the disk is full or the quota used up; nothing at `path` has changed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # A number of its own beside the process id: two nodes, or two containers, can have the same one.
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from regrowth.errors import RunFailed, UserError
-from regrowth.files import disk_full_is_a_letter, exclusive, read_json, write_json
+from regrowth.files import disk_full_is_a_letter, exclusive, make_folder, read_json, write_json
 from regrowth.mpi import Alone
 from regrowth.pretrain.checkpoint import FORMAT, CheckpointState, canonical_shapes, check_room, finish, has_moments, read_state, verify
 from regrowth.pretrain.growth.names import TensorName
@@ -79,7 +79,7 @@ def _begin(source: Path, target: Path, partial: Path, plan: GrowthPlan, identity
         raise UserError(f"{target}: exists already; growing never overwrites. Remove it or choose another output.")
     identity = identity or verify(source)["id"]
     jobs = _jobs(plan.configs(read_state(source).model)[-1])
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     held.enter_context(
         exclusive(partial / ".lock", f"{target}: another process is growing to this place. Wait for it, or choose another output.")
     )
