@@ -6,14 +6,17 @@ makes torchrun start all of them again.
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from regrowth.launch.hanging import Hanging
 from regrowth.launch.supervise import note_loss
+from regrowth.parallel.mesh import is_address, listen_on
 from regrowth.pretrain.run_folder import RunFolder
 
 _LOOK_SECONDS = 1.0
@@ -27,7 +30,35 @@ def main() -> None:
         threading.Thread(target=_watch, args=(Path(note),), name="watch for hangs", daemon=True).start()
     from torch.distributed.run import main as torchrun
 
+    _meet_on_one_network()
     torchrun()
+
+
+def _meet_on_one_network() -> None:
+    """Let torchrun's meeting point, where it is named by an address, listen there and not on all networks of its host."""
+    endpoint = next((word.partition("=")[2] for word in sys.argv if word.startswith("--rdzv-endpoint=")), "")
+    host, _, port = endpoint.rpartition(":")
+    host = host.strip("[]")
+    if not is_address(host) or not port.isdecimal():
+        return
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend as backend
+
+    store = getattr(backend, "TCPStore", None)  # a name inside of torch: without it, torch's way
+    if store is None:
+        return
+
+    def bound(host_name: str, number: int, *more: Any, is_master: bool = False, **options: Any) -> Any:
+        if is_master and (host_name, number) == (host, int(port)):
+            try:
+                options["master_listen_fd"] = listen_on(host, number)
+            except OSError as error:  # another agent of this host has it: torchrun then joins that one
+                raise RuntimeError(str(error)) from error
+        return store(host_name, number, *more, is_master=is_master, **options)
+
+    backend.TCPStore = bound
+    with suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as own:
+        own.bind((host, 0))  # an address of this host: its ranks, should the first be among them, meet there too
+        sys.argv.insert(1, f"--local-addr={host}")
 
 
 def _watch(note: Path) -> None:

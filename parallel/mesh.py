@@ -4,6 +4,8 @@ Groups over several axes at once (data ranks, FSDP's shards, the whole model) ar
 rank; `DeviceMesh`es for FSDP2 and for checkpoints are put together from them.
 """
 
+import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -44,6 +46,33 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _meeting(world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks meet, as `init_process_group` takes it; empty where torch reads the environment itself."""
+    address, port, rank = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), int(os.environ.get("RANK", 0))
+    if store := os.environ.get("REGROWTH_STORE"):
+        return {"init_method": f"file://{store}", "rank": rank, "world_size": world_size}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_address(address) or not port.isdecimal() or rank:
+        return {}
+    listening = listen_on(address, int(port))
+    store = dist.TCPStore(address, int(port), world_size, True, timeout, multi_tenant=True, master_listen_fd=listening)
+    return {"store": store, "rank": rank, "world_size": world_size}
+
+
+def is_address(host: str) -> bool:
+    """Whether this is a number and no name, so that all hosts mean the same by it."""
+    try:
+        ipaddress.ip_address(host)
+        return True
+    except ValueError:
+        return False
+
+
+def listen_on(address: str, port: int) -> int:
+    """A listening socket on this address alone, where torch's own store would listen on all networks of the host; its descriptor."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=2048).detach()
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[tuple[int, int]]:
     """Join the group that the launcher's environment describes; yields (rank, world size).
@@ -61,12 +90,11 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = os.environ.get("REGROWTH_STORE")
-    meeting: dict[str, Any] = {"init_method": f"file://{store}", "rank": int(os.environ["RANK"]), "world_size": world_size} if store else {}
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+        dist.init_process_group(backend, timeout=timeout, **_meeting(world_size, timeout))
+    except (dist.DistNetworkError, OSError) as error:
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         raise UserError(
             f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another process of {socket.gethostname()} listens there. Give all ranks another port, "
