@@ -1,15 +1,18 @@
 """Runs as one sees them from another shell: status, logs, cancel, resume; of this machine, and of a real Slurm."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from regrowth.errors import UserError
 from regrowth.launch.logs import MergedLogs
+from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
+from tests.conftest import small_run_values
+from tests.faults.helpers import struck_by
 from tests.launch.helpers import call, one_letter, only_run, start, steps_done, wait_for, write_config
 from tests.slurm_cluster import SlurmCluster
 
@@ -65,8 +68,7 @@ def test_logs_of_all_ranks_are_one_with_the_first_error_on_top(
     """Both ranks fail; what the second says of it is only an echo."""
     config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 8}, supervision={"restarts": 0}, **TWO)
     fault = {"what": "exception", "who": "1", "phase": "update", "step": 3, "marker": str(tmp_path / "struck")}
-    inject = os.pathsep.join([str(Path(__file__).parents[1] / "faults/inject"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launcher = start("train", config, env={**os.environ, "PYTHONPATH": inject, "REGROWTH_TEST_FAULT": json.dumps(fault)})
+    launcher = start("train", config, env=struck_by(fault=fault))
     output = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 1 and "a fault put there by a test" in one_letter(output)
     run = only_run(tmp_path)
@@ -131,3 +133,10 @@ def test_a_slurm_job_is_cancelled_with_a_checkpoint_and_taken_up_with_its_option
     assert "NumNodes=2" in asked and "Partition=ci" in asked and "TimeLimit=00:07:00" in asked, asked
     wait_for(lambda: run.finished, seconds=150)
     wait_for(lambda: told(capsys, monkeypatch, run.path)["state"] == "finished", seconds=60)
+
+
+def test_a_folder_in_which_no_run_can_be_made_is_named(documents: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    config = RunConfig.model_validate(small_run_values(documents, tmp_path / "prepared", tmp_path / "runs"))
+    with pytest.raises(UserError, match=r"run.folder = .*: cannot make a run folder there \(File exists\)"):
+        RunFolder.create(config)
