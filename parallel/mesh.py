@@ -51,10 +51,10 @@ def _meeting(world_size: int, timeout: timedelta) -> dict[str, Any]:
     address, port, rank = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), int(os.environ.get("RANK", 0))
     if store := os.environ.get("REGROWTH_STORE"):
         return {"init_method": f"file://{store}", "rank": rank, "world_size": world_size}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_address(address) or not port.isdecimal() or rank:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_address(address) or not port.isdecimal():
         return {}
-    listening = listen_on(address, int(port))
-    store = dist.TCPStore(address, int(port), world_size, True, timeout, multi_tenant=True, master_listen_fd=listening)
+    listening = None if rank else listen_on(address, int(port))
+    store = dist.TCPStore(address, int(port), world_size, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening)
     return {"store": store, "rank": rank, "world_size": world_size}
 
 
