@@ -18,7 +18,6 @@ from tests.launch.helpers import one_letter, only_run, regrowth, start, wait_for
 
 # In the suite one of each way in which a rank can be lost; the rest is slow.
 COVERING = {("kill -9", "1", "checkpoint write"), ("SIGSTOP", "0", "growth"), ("exception", "0", "evaluation")}
-COVERING |= {("power cut", "machine", "checkpoint write")}
 
 
 def cells() -> list[Any]:
