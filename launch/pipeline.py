@@ -51,7 +51,9 @@ class Pipeline:
         self.order = self._ordered()
 
     def _slurm(self, number: int, stage: Stage) -> StageSlurm:
-        return validate(StageSlurm, {**self.config.slurm.model_dump(), **stage.slurm}, f"{self.path}: stages.{number}.slurm")
+        return validate(
+            StageSlurm, {**self.config.slurm.model_dump(exclude_unset=True), **stage.slurm}, f"{self.path}: stages.{number}.slurm"
+        )
 
     @cached_property
     def needs(self) -> dict[str, list[str]]:

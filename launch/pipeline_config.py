@@ -13,6 +13,7 @@ from regrowth.settings import PlainName, Settings
 class StageSlurm(Settings):
     """What a stage's job asks Slurm for; `nodes`, `spares` and `ranks_per_node` count for training alone, `cpus` for the other stages."""
 
+    cluster: str | None = None  # a described machine, as of `launch slurm --cluster`
     partition: str | None = None
     account: str | None = None
     minutes: int = Field(60, ge=1)

@@ -17,8 +17,9 @@ from rich.table import Table
 from regrowth.errors import RegrowthError, RunFailed, Stopped, UserError, nearest
 from regrowth.files import exclusive
 from regrowth.launch.local import StopSignals
+from regrowth.launch.on_cluster import options_on
 from regrowth.launch.pipeline import BUSY, Pipeline, Record, State
-from regrowth.launch.slurm import JobOptions, queued, render, render_stage, submit
+from regrowth.launch.slurm import queued, render, render_stage, submit
 
 _STYLES = {"finished": "green", "running": "green", "failed": "red", "lost": "red"}
 
@@ -89,7 +90,9 @@ def begin(pipeline: Pipeline, name: str, record_id: str | None = None) -> list[s
     Raises:
         UserError: a stage that it needs is not finished, or the job was submitted for a state that is gone.
     """
-    states = pipeline.states({})
+    states = pipeline.states(
+        {} if record_id else _queue(pipeline)
+    )  # a job that this one has waited for may still be on its way out of the queue
     for need in pipeline.needs[name]:
         if states[need][0] != "finished":
             raise UserError(f"{pipeline.path}: stage {name} needs stage {need}, which is {states[need][0]}; {_told(states[need])}"
@@ -104,7 +107,7 @@ def begin(pipeline: Pipeline, name: str, record_id: str | None = None) -> list[s
         pipeline.note(name, replace(record, exit_code=None, ended=None))
         return ["train", "--resume", str(run.path)] if run else command
     _put_aside(pipeline.out(name))
-    pipeline.out(name).mkdir(parents=True)
+    pipeline.out(name).mkdir(parents=True, exist_ok=True)
     pipeline.note(name, Record(parts, id=record_id) if record_id else Record(parts))
     return command
 
@@ -114,15 +117,16 @@ def _told(state: tuple[State, str]) -> str:
 
 
 def _put_aside(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    """What was made in a stage's folder moves beside it; the logs of its jobs, of which one may be writing, stay."""
+    old = [path for path in folder.iterdir() if path.name != "slurm"] if folder.exists() else []
+    if not old:
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
-    folder.rename(aside)
+    aside.mkdir()
+    for path in old:
+        path.rename(aside / path.name)
 
 
 def link_run(pipeline: Pipeline, name: str) -> None:
@@ -203,18 +207,17 @@ def _submit(pipeline: Pipeline, todo: list[str], console: Console) -> None:
 
 def _script(pipeline: Pipeline, name: str, record: Record) -> str:
     asked, stage = pipeline.slurm[name], pipeline.stages[name]
-    options = JobOptions(
-        asked.nodes, asked.partition, asked.account, asked.minutes, asked.gpus_per_node, asked.setup, asked.ranks_per_node, asked.spares
-    )
+    options = options_on(asked.cluster, asked.model_dump(exclude_unset=True, exclude={"cluster", "cpus"}))
     ours = ["launch", "stage", str(pipeline.path.resolve()), name, "--record", record.id]
     logs = pipeline.folder / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
     if not stage.trains:
+        options = replace(options, gpus_per_node=asked.gpus_per_node)  # only what was asked for: most of these stages use none
         return render_stage(f"{pipeline.config.name}-{name}", ours, logs, options, asked.cpus)
     run = pipeline.run_of(name) if record.parts else None
     words = pipeline.command(name)
     ready = shlex.join([sys.executable, "-m", "regrowth", *ours, "--begin"])
-    script, folder = render(*((str(run.path), []) if run else (words[1], words[2:])), replace(options, setup=[*asked.setup, ready]))
+    script, folder = render(*((str(run.path), []) if run else (words[1], words[2:])), replace(options, setup=[*options.setup, ready]))
     folder.mkdir(parents=True, exist_ok=True)
     return script
 

@@ -194,6 +194,7 @@ def test_stages_as_slurm_jobs_wait_for_each_other_also_when_a_growth_hands_over_
     rows = states(capsys, monkeypatch)
     assert rows["train"]["state"] == "finished" and rows["look"]["state"] == "failed", rows
     assert RunFolder(here / "chain/train/run").rows("metrics")[-1]["layers"] == 4
+    assert not (here / "chain/train.before-1").exists() and len(list((here / "chain/train/slurm").glob("*.log"))) == 2
     (here / "ready").touch()
     code, told = call(capsys, monkeypatch, "launch", "pipeline", "chain.toml", "--slurm")
     assert code == 0 and told.count(": job ") == 1 and "stage look" in told
