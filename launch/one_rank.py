@@ -69,6 +69,8 @@ def be_one_rank(
             _refuse_a_changed_config(run, asked)
         if run:
             change_config(run, config)
+        else:
+            RunFolder.check_place(config)
         place = corpus_of(run) if run else own_corpus(config, Console(stderr=True))
         folder = run or RunFolder.create(config)
         if run is None:

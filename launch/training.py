@@ -64,6 +64,8 @@ def run_training(config: "RunConfig", console: Console, run: "RunFolder | None" 
     from regrowth.launch.supervise import supervise
     from regrowth.pretrain.run_folder import RunFolder
 
+    if run is None:
+        RunFolder.check_place(config)
     place = corpus_of(run) if run else own_corpus(config, console)
     if run is None:
         run = RunFolder.create(config)

@@ -7,7 +7,9 @@ runs/2026-11-21_quickstart/
   checkpoints/       logs/rank-0.log ...      export/hf/      report.html
 """
 
+import errno
 import json
+import os
 import platform
 import re
 import shlex
@@ -54,6 +56,20 @@ class RunFolder:
         write_text(path / "config.toml", head + to_toml(config))
         write_snapshot(path)
         return cls(path)
+
+    @staticmethod
+    def check_place(config: RunConfig) -> None:
+        """Whether a run's folder can be made where the config wants it: asked before the data is prepared, which may take hours.
+
+        Raises:
+            UserError: it cannot.
+        """
+        try:
+            make_folder(config.run.folder)
+            if not os.access(config.run.folder, os.W_OK):
+                raise OSError(errno.EROFS, "not writable: no permission, or a read-only disk")
+        except OSError as error:
+            raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({error.strerror}).") from error
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

@@ -1,6 +1,7 @@
 """Runs as one sees them from another shell: status, logs, cancel, resume; of this machine, and of a real Slurm."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,19 @@ def test_a_folder_in_which_no_run_can_be_made_is_named(documents: Path, tmp_path
     config = RunConfig.model_validate(small_run_values(documents, tmp_path / "prepared", tmp_path / "runs"))
     with pytest.raises(UserError, match=r"run.folder = .*: cannot make a run folder there \(File exists\)"):
         RunFolder.create(config)
+
+
+def test_a_run_on_a_read_only_disk_is_refused_before_its_data_is_prepared(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a read-only disk needs root")
+    try:
+        config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"folder": str(disk / "runs")})
+        code, output = call(capsys, monkeypatch, "train", config)
+        assert code == 2 and "run.folder" in one_letter(output) and "Read-only file system" in output
+        assert not (tmp_path / "prepared").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
