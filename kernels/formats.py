@@ -39,3 +39,103 @@ def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
     magic = binade.mul_(1.5 * 2.0 ** (23 - format.mantissa_bits))
     rounded = clamped.add_(magic).sub_(magic)
     return torch.copysign(rounded, x, out=rounded)
+
+
+@torch.no_grad()
+def round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> torch.Tensor:
+    """Round fp32 values to one of their two neighbours in `format`, up with a chance that makes the mean right; a new fp32 tensor of x's shape.
+
+    In integers: random bits are added to those that the format drops, and what is left of these is cut off. So the same bits come out on every device.
+    The chance is resolved to 2^-(23 - mantissa bits). What a format holds stays as it is; values beyond its largest saturate, NaN stays NaN.
+
+    Args:
+        random: int64 of x's shape, of which the low bits are used (`random_bits`).
+    """
+    x = x.float()
+    smallest = 2.0**format.min_exponent
+    magnitude = x.abs().clamp(max=format.max)
+    # Below the smallest normal number the spacing is that of its binade, into which adding it moves a value.
+    offset = torch.where(magnitude < smallest, smallest, 0.0)
+    dropped = 23 - format.mantissa_bits
+    bits = (magnitude + offset).view(torch.int32).long()
+    bits = ((bits + (random & ((1 << dropped) - 1))) >> dropped) << dropped
+    rounded = bits.int().view(torch.float32) - offset
+    return torch.where(x.isnan(), x, torch.copysign(rounded, x))
+
+
+@torch.no_grad()
+def encode(values: torch.Tensor, format: Format) -> torch.Tensor:
+    """The codes (uint8, x's shape) of fp32 values that `format` holds: sign, exponent, mantissa. NaN is the code with all bits but the sign's set.
+
+    E2M1 has no NaN.
+
+    Raises:
+        ValueError: a NaN, in a format without one.
+    """
+    values = values.float()
+    nan = values.isnan()
+    if format.bits < 8 and bool(nan.any()):
+        raise ValueError(f"{format.name} has no code for NaN")
+    magnitude = torch.where(nan, 0.0, values.abs())
+    smallest = 2.0**format.min_exponent
+    bits = magnitude.view(torch.int32)
+    normal = ((bits >> (23 - format.mantissa_bits)) - ((format.min_exponent + 126) << format.mantissa_bits)).to(torch.int32)
+    small = (magnitude * (2.0**format.mantissa_bits / smallest)).to(torch.int32)  # exact: whole multiples of the smallest number
+    codes = torch.where(magnitude < smallest, small, normal)
+    codes = torch.where(nan, (1 << (format.bits - 1)) - 1, codes)
+    negative = torch.signbit(values).to(torch.int32) << (format.bits - 1)
+    return (codes | negative).to(torch.uint8)
+
+
+@torch.no_grad()
+def decode(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """The fp32 values of codes (uint8). Infinities of E5M2, which rounding never makes, are infinities again."""
+    codes = codes.to(torch.int32)
+    magnitude = codes & ((1 << (format.bits - 1)) - 1)
+    exponent, mantissa = magnitude >> format.mantissa_bits, magnitude & ((1 << format.mantissa_bits) - 1)
+    step = 2.0 ** (format.min_exponent - format.mantissa_bits)
+    small = mantissa.float() * step
+    normal = (((exponent + (format.min_exponent + 126)) << 23) | (mantissa << (23 - format.mantissa_bits))).view(torch.float32)
+    values = torch.where(exponent == 0, small, normal)
+    if format.bits == 8:
+        values = torch.where(values > format.max, torch.nan, values)
+        if format is E5M2:
+            values = torch.where(magnitude == 0x7C, torch.inf, values)
+    return torch.where((codes >> (format.bits - 1)) & 1 == 1, -values, values)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of four bits [..., n] as bytes [..., n / 2], the first of a pair in the low half, as torch's float4_e2m1fn_x2 has them.
+
+    Raises:
+        ValueError: n is odd.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"two codes make a byte; the last dim of {codes.shape[-1]} is odd")
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The codes [..., 2 n] of packed bytes [..., n]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+SCALE_BIAS, SCALE_NAN = 127, 255  # of E8M0: powers of two without a sign, and a NaN
+
+
+@torch.no_grad()
+def encode_power(scales: torch.Tensor, up: bool = False) -> torch.Tensor:
+    """E8M0 codes (uint8) of fp32 scales: the power of two at or below each, with `up` at or above it, within 2^-127 and 2^127. NaN, infinities and values below 0
+    have the code of NaN."""
+    mantissa, exponent = torch.frexp(scales.float())  # mantissa in [0.5, 1)
+    exponent = exponent - 1 + (up & (mantissa > 0.5)).to(exponent.dtype)
+    exponent = torch.where(scales == 0, -SCALE_BIAS, exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
+    return torch.where(scales.isfinite() & (scales >= 0), exponent + SCALE_BIAS, SCALE_NAN).to(torch.uint8)
+
+
+@torch.no_grad()
+def decode_power(codes: torch.Tensor) -> torch.Tensor:
+    """The fp32 powers of two of E8M0 codes (uint8)."""
+    return torch.where(
+        codes == SCALE_NAN, torch.nan, torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes.to(torch.int32) - SCALE_BIAS)
+    )

@@ -1,7 +1,7 @@
-"""Quantisation with scales per tensor, per row or per block: values and scales apart, or back in fp32 at once (emulation).
+"""Quantisation with scales per tensor, per row, block or tile: values and scales apart, or back in fp32 at once (emulation).
 
 "Row" and "block" run along the last dim, which callers make the contracted dim of their GEMM: a row is then a token of an activation or an
-output channel of a weight. scale = amax / format.max, so the largest value of each group is representable; amax = 0 gives scale 1.
+output channel of a weight. A "tile" is block x block of the last two dims. amax = 0 gives scale 1.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,11 @@ if TYPE_CHECKING:  # whoever only reads configs, as launchers do, does without t
     import torch
     import torch.distributed as dist
 
-Granularity = Literal["tensor", "row", "block"]
+Granularity = Literal["tensor", "row", "block", "tile"]
+# "full": amax / format.max in fp32, so that the largest value of each group is held. As powers of two (E8M0): "floor", 2^(floor(log2 amax) - floor(log2 max)), the rule of
+# the MX standard, under which values up to a third above the largest saturate; "ceil", 2^ceil(log2(amax / max)), under which none does. "two_level": E4M3 relative to one fp32
+# scale of the whole tensor, amax / (448 max) (NVFP4, arXiv 2509.25149), never below E4M3's smallest number.
+Scale = Literal["full", "floor", "ceil", "two_level"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Quantizer:
 
     format: Literal["e2m1", "e4m3", "e5m2"] | None = None
     granularity: Granularity = "row"
-    block: int = 128  # values per scale, for granularity "block"
+    block: int = 128  # values per scale, for granularity "block"; along each of two dims for "tile"
+    scale: Scale = "full"
 
     def scales(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
         """fp32 scales, broadcastable against x grouped as in `_grouped`.
@@ -43,27 +48,43 @@ class Quantizer:
         Args:
             x: [..., n] fp32; a slice of an operand, if `groups` says so.
         """
-        from regrowth.kernels.formats import FORMATS
+        assert self.format is not None
+        grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
+        if dims is None:
+            amax = grouped.abs().amax() if grouped.numel() else grouped.new_zeros(())
+        elif grouped.numel():
+            amax = grouped.abs().amax(dim=dims, keepdim=True)
+        else:  # an expert without tokens: its ranks' slices may have some
+            amax = grouped.new_zeros((*grouped.shape[:-1], 1))
+        _reduce(amax, None if groups is None else {"tensor": groups.tensor, "row": groups.row}.get(self.granularity))
+        return self._scale_of(amax.float(), groups)
+
+    def _scale_of(self, amax: "torch.Tensor", groups: "AmaxGroups | None") -> "torch.Tensor":
+        from regrowth.kernels.formats import E4M3, FORMATS, decode_power, encode_power, round_to
 
         assert self.format is not None
-        grouped = _grouped(x, self)
-        if grouped.numel() == 0:  # an expert without tokens: its ranks' slices may have some
-            amax = grouped.new_zeros(() if self.granularity == "tensor" else (*grouped.shape[:-1], 1))
+        most = FORMATS[self.format].max
+        if self.scale == "full":
+            scale = amax / most
+        elif self.scale == "two_level":
+            whole = amax.amax() if amax.numel() else amax.new_zeros(())
+            _reduce(whole, None if groups is None else groups.tensor)
+            whole = whole / (most * E4M3.max)
+            whole = whole.where(whole > 0, 1.0)
+            smallest = 2.0 ** (E4M3.min_exponent - E4M3.mantissa_bits)
+            scale = round_to(amax / most / whole, E4M3).clamp_min(smallest) * whole
+        elif self.scale == "floor":
+            largest_power = 2.0 ** (int(most).bit_length() - 1)
+            scale = decode_power(encode_power(amax / largest_power))
         else:
-            amax = grouped.abs().amax() if self.granularity == "tensor" else grouped.abs().amax(dim=-1, keepdim=True)
-        group = None if groups is None else {"tensor": groups.tensor, "row": groups.row, "block": None}[self.granularity]
-        if group is not None:
-            import torch.distributed as dist
-
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
-        scale = amax.float() / FORMATS[self.format].max
-        return scale.where(scale > 0, 1.0)
+            scale = decode_power(encode_power(amax / most, up=True))
+        return scale.where(amax > 0, 1.0) if self.scale != "full" else scale.where(scale > 0, 1.0)
 
     def quantize(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
         """(values of the format held in fp32, scales); their product is `emulate(x)`.
 
         Raises:
-            ValueError: granularity "block" and the last dim is not a multiple of the block.
+            ValueError: a block or a tile does not divide its dims.
         """
         from regrowth.kernels.formats import FORMATS, round_to
 
@@ -80,9 +101,22 @@ class Quantizer:
         return _grouped(values, self).mul_(scale).reshape(x.shape)
 
 
+def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:
+    """The largest over the ranks that hold the other slices."""
+    if group is not None:
+        import torch.distributed as dist
+
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+
+
 def _grouped(x: "torch.Tensor", quantizer: Quantizer) -> "torch.Tensor":
-    if quantizer.granularity != "block":
+    """x with dims of its own for blocks [..., n / block, block] or tiles [..., m / block, block, n / block, block]."""
+    if quantizer.granularity not in ("block", "tile"):
         return x
-    if x.shape[-1] % quantizer.block:
-        raise ValueError(f"blocks of {quantizer.block} do not divide the contracted dim of {x.shape[-1]}; choose a block that does")
-    return x.reshape(*x.shape[:-1], -1, quantizer.block)
+    cut = x.shape[-1:] if quantizer.granularity == "block" else x.shape[-2:]
+    for size in cut:
+        if size % quantizer.block:
+            what = "contracted dim" if quantizer.granularity == "block" else "dim"
+            raise ValueError(f"{quantizer.granularity}s of {quantizer.block} do not divide the {what} of {size}; choose a block that does")
+    apart = [part for size in cut for part in (size // quantizer.block, quantizer.block)]
+    return x.reshape(*x.shape[: -len(cut)], *apart)

@@ -213,15 +213,16 @@ class RunConfig(Settings):
         # A rank of cp holds two chunks of a sequence, and no block of tokens may straddle them.
         shortest = min([self.loader.sequence_length, *(stage.sequence_length for stage in self.loader.length_schedule)])
         chunk = shortest // (2 * plan.cp if plan.cp > 1 else 1)
-        if model.expert_count and any(q.format and q.granularity == "block" for q in (recipe.ffn.wgrad.a, recipe.ffn.wgrad.b)):
+        if model.expert_count and any(q.format and q.granularity in ("block", "tile") for q in (recipe.ffn.wgrad.a, recipe.ffn.wgrad.b)):
             raise ValueError("precision.recipe: blocks along the tokens do not fit experts, which get as many tokens as choose them; take a recipe with "
                              "scales per row for the FFN's weight gradients")  # fmt: skip
         for linear, dims in ((recipe.attention, attention), (recipe.ffn, ffn)):
             for gemm in (linear.forward, linear.dgrad, linear.wgrad):
-                sizes = {"loader.sequence_length / chunks": chunk} if gemm is linear.wgrad else dims
+                tokens = {"loader.sequence_length / chunks": chunk}
                 for quantizer in (gemm.a, gemm.b):
+                    sizes = tokens | dims if quantizer.granularity == "tile" else tokens if gemm is linear.wgrad else dims
                     for name, size in sizes.items():
-                        if quantizer.format and quantizer.granularity == "block" and size % quantizer.block:
+                        if quantizer.format and quantizer.granularity in ("block", "tile") and size % quantizer.block:
                             raise ValueError(f"{name} = {size} is not a multiple of the precision recipe's blocks of {quantizer.block}; "
                                              "choose another size, or a recipe with scales per row")  # fmt: skip
 
