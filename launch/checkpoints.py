@@ -13,6 +13,7 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.tokenizer import Tokenizer
 from regrowth.errors import RegrowthError, UserError, need
 from regrowth.launch.training import tokenizer_of
+from regrowth.mpi import ranks
 from regrowth.pretrain.build import build_model
 from regrowth.pretrain.checkpoint import load_plain, newest_whole, verify
 from regrowth.pretrain.convert import export_hf
@@ -65,20 +66,23 @@ def load_model(checkpoint: Path) -> Transformer:
     return model.eval()
 
 
-def convert(path: Path, out: Path, to: str) -> None:
-    """The `convert` command."""
+def convert(path: Path, out: Path, to: str, file_gigabytes: float) -> None:
+    """The `convert` command; under mpirun its ranks share the files."""
     if to != "hf":
         raise UserError(f'--to {to}: no such format; this version writes "hf".')
-    checkpoint = find_checkpoint(path)
+    together = ranks()
+    checkpoint = together.first(lambda: find_checkpoint(path))
     tokenizer: Tokenizer | None = None
     length = 2048
     try:
         run = run_of(checkpoint)
         tokenizer, length = tokenizer_of(run), run.config().loader.sequence_length
     except RegrowthError as error:
-        Console(stderr=True).print(f"exported without a tokenizer: {error}", soft_wrap=True)
-    export_hf(checkpoint, out, tokenizer, length)
-    Console().print(f"{out}: written from {checkpoint}", soft_wrap=True)
+        if together.rank == 0:
+            Console(stderr=True).print(f"exported without a tokenizer: {error}", soft_wrap=True)
+    export_hf(checkpoint, out, tokenizer, length, together, int(file_gigabytes * 1e9))
+    if together.rank == 0:
+        Console().print(f"{out}: written from {checkpoint}", soft_wrap=True)
 
 
 def sample_text(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:

@@ -157,11 +157,12 @@ def convert(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="The format: hf.")] = "hf",
+    file_gigabytes: Annotated[float, typer.Option(min=1e-6, help="Of a file with weights, at most.")] = 4.0,
 ) -> None:
-    """Write a checkpoint in another project's format."""
+    """Write a checkpoint in another project's format; under mpirun several processes share the work."""
     from regrowth.launch.checkpoints import convert as go
 
-    go(checkpoint, out, to)
+    go(checkpoint, out, to, file_gigabytes)
 
 
 @app.command()

@@ -4,17 +4,22 @@ Names are translated, values are not touched: with rotate-half RoPE and unfused 
 safetensors; `transformers` is needed to load the result, by whoever does.
 """
 
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from regrowth.data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
 from regrowth.errors import UserError
-from regrowth.files import atomic_path, write_json
-from regrowth.pretrain.checkpoint import load_plain
+from regrowth.files import disk_full_is_a_letter, fsync_path, make_folder, write_json
+from regrowth.mpi import Alone
+from regrowth.pretrain.checkpoint import canonical_shapes, read_state, verify
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.tensor_files import TensorReader
+
+_FILE_BYTES = 4_000_000_000
 
 _WITHIN_LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -44,8 +49,12 @@ def hf_config(config: ModelConfig, sequence_length: int, end_of_text: int | None
     """The config.json of the exported model.
 
     Raises:
-        UserError: the shape is one that transformers refuses to build.
+        UserError: the shape is one that transformers refuses to build, or has experts.
     """
+    if config.expert_count:
+        raise UserError(
+            f"model.expert_count = {config.expert_count}: this version exports dense models only; one with experts stays in its own format."
+        )
     qwen = config.qk_norm
     if not qwen and config.width % config.heads:
         raise UserError(
@@ -79,28 +88,82 @@ def hf_config(config: ModelConfig, sequence_length: int, end_of_text: int | None
     }
 
 
-def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer | None, sequence_length: int) -> None:
-    """Write a checkpoint as a folder that `transformers` loads, with its tokenizer if there is one.
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    tokenizer: Tokenizer | None,
+    sequence_length: int,
+    ranks: Alone | None = None,
+    file_bytes: int = _FILE_BYTES,
+) -> None:
+    """Write a checkpoint as a folder that `transformers` loads, with its tokenizer if there is one; file by file, shared out over ranks.
+
+    Args:
+        file_bytes: of a file with weights, at most, if no tensor is larger.
 
     Raises:
         UserError: the checkpoint is refused, or `out` exists.
+        RunFailed: the disk is full; what was written is removed.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; an export never overwrites. Remove it or choose another folder.")
-    state, weights, _ = load_plain(checkpoint)
-    with atomic_path(out) as partial:
-        partial.mkdir(parents=True)
-        write_hf(partial, state.model, weights, tokenizer, sequence_length)
+    ranks = ranks or Alone()
+
+    def begin() -> Path:
+        if out.exists():
+            raise UserError(f"{out}: exists already; an export never overwrites. Remove it or choose another folder.")
+        verify(checkpoint)
+        hf_config(read_state(checkpoint).model, sequence_length, None)  # a shape that cannot be is refused before anything is written
+        partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+        make_folder(partial)
+        return partial
+
+    def write_own() -> None:
+        read = TensorReader(checkpoint / "model")
+        for number, (name, tensors) in enumerate(files.items()):
+            if number % ranks.size == ranks.rank:
+                with disk_full_is_a_letter(out):
+                    save_file({hf_name(tensor): read(tensor).contiguous() for tensor in tensors}, partial / name, metadata={"format": "pt"})
+                    fsync_path(partial / name)
+
+    def finish() -> None:
+        write_beside(partial, model, files, tokenizer, sequence_length)
+        fsync_path(partial)
+        partial.rename(out)
+        fsync_path(out.parent)
+
+    partial = ranks.first(begin)
+    try:
+        model = read_state(checkpoint).model
+        files = files_of(model, file_bytes)
+        ranks.together(write_own)
+        ranks.first(finish)
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_hf(
-    folder: Path, config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Tokenizer | None, sequence_length: int
-) -> None:
-    """The files of an export."""
-    tensors = {hf_name(name): tensor.contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def files_of(model: ModelConfig, file_bytes: int) -> dict[str, list[str]]:
+    """The files of an export, and the canonical names of what is in each, in the model's order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in canonical_shapes(model).items():
+        if groups[-1] and size + 4 * shape.numel() > file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += 4 * shape.numel()
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, start=1)}
+
+
+def write_beside(folder: Path, model: ModelConfig, files: dict[str, list[str]], tokenizer: Tokenizer | None, sequence_length: int) -> None:
+    """The files of an export beside its weights."""
+    if len(files) > 1:
+        total = sum(4 * shape.numel() for shape in canonical_shapes(model).values())
+        index = {hf_name(name): file for file, names in files.items() for name in names}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     end = tokenizer.end_of_text if tokenizer else None
-    write_json(folder / "config.json", hf_config(config, sequence_length, end))
+    write_json(folder / "config.json", hf_config(model, sequence_length, end))
     write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8})
     if tokenizer:
         (folder / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())

@@ -223,3 +223,18 @@ def test_a_gpu_that_srun_binds_to_a_task_is_its_ranks_own(monkeypatch: pytest.Mo
     for name, value in meeting({**step, "SLURM_GPUS_PER_TASK": "1"}, Standing(3, 4, 3, 4), None).items():
         monkeypatch.setenv(name, value)
     assert choose_device("auto").index == 0 and choose_device("cuda").type == "cuda" and chosen == [0, 0]
+
+
+@pytest.mark.slow
+def test_the_ranks_of_mpirun_share_the_files_of_an_export(mpirun: Callable[..., list[str]], documents: Path, tmp_path: Path) -> None:
+    done = regrowth("train", write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 2}))
+    assert done.returncode == 0, done.stderr
+    done = run(mpirun(2, "-m", "regrowth", "convert", only_run(tmp_path).path, tmp_path / "two", "--file-gigabytes", "0.00002"))
+    assert done.returncode == 0 and done.stdout.count("written from") == 1, done.stdout + done.stderr
+    alone = regrowth("convert", only_run(tmp_path).path, tmp_path / "one", "--file-gigabytes", "0.00002")
+    assert alone.returncode == 0, alone.stderr
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) > 5 and files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    done = run(mpirun(2, "-m", "regrowth", "convert", only_run(tmp_path).path, tmp_path / "two"))
+    assert done.returncode == 2 and "exists already" in done.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.errors import UserError
 from regrowth.launch.checkpoints import load_model
 from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.convert import export_hf
@@ -109,6 +110,22 @@ def test_an_export_gives_the_checkpoints_logits_and_tokens(trained: RunFolder, c
     greedy = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     mine = "".join(generate(load_model(checkpoint), corpus.tokenizer, text, 12, 64, temperature=0.0, top_p=1.0, seed=0))
     assert mine == corpus.tokenizer.decode([int(t) for t in greedy if int(t) != corpus.tokenizer.end_of_text]).rstrip("�")
+
+
+def test_an_export_in_many_files_is_the_same_model(trained: RunFolder, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    checkpoint = list_checkpoints(trained.path)[-1]
+    export_hf(checkpoint, tmp_path / "one", None, 64)
+    export_hf(checkpoint, tmp_path / "many", None, 64, file_bytes=20_000)
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one, many = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict() for name in ("one", "many")
+    )
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    with pytest.raises(UserError, match="exists already"):
+        export_hf(checkpoint, tmp_path / "one", None, 64)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "many"}
 
 
 def test_sampling_is_decided_by_its_seed(trained: RunFolder, corpus: Corpus) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from regrowth.data_pipeline.batch import Batch
 from regrowth.errors import UserError
@@ -16,7 +17,7 @@ from regrowth.pretrain.attention import Attend, Flex, Sdpa, Varlen, bands, choos
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.config import RunSettings
 from regrowth.pretrain.conformance import Setting
-from regrowth.pretrain.convert import write_hf
+from regrowth.pretrain.convert import files_of, hf_name, write_beside
 from regrowth.pretrain.initialise import initialise, weight_std
 from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.model import Transformer
@@ -67,7 +68,8 @@ def test_logits_equal_transformers_own_classes(shape: str, tmp_path: Path) -> No
     transformers = pytest.importorskip("transformers")
     config = SHAPES[shape]
     model = build(config)
-    write_hf(tmp_path, config, {n: p.detach() for n, p in model.named_parameters()}, None, 64)
+    save_file({hf_name(n): p.detach() for n, p in model.named_parameters()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_beside(tmp_path, config, files_of(config, 1 << 40), None, 64)
     theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
