@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regrowth.launch.hanging import Hanging
+from regrowth.launch.stacks import note_all
 from regrowth.launch.supervise import note_loss
 from regrowth.parallel.mesh import is_address, listen_on
 from regrowth.pretrain.run_folder import RunFolder
@@ -73,7 +74,7 @@ def _watch(note: Path) -> None:
             workers = ranks_here()
             if (asked := _asked_at(note)) != answered:  # by the first node
                 answered = asked
-                ask_for_stacks(workers)
+                ask_for_stacks(workers, _logs(note))
             if first_node and note.exists():
                 if workers != watched:  # torchrun has started them anew
                     hanging, watched = None, workers
@@ -93,7 +94,7 @@ def _end(run: RunFolder, workers: list[int], told: str, request: Path) -> None:
         print(f"{run.path}: {told}", file=sys.stderr, flush=True)
         request.write_text(str(time.time()), encoding="utf-8")
         time.sleep(_STACKS_SECONDS)  # this node's ranks answer in the next look, or now
-        ask_for_stacks(workers)
+        ask_for_stacks(workers, run.path / "logs")
         time.sleep(_LOOK_SECONDS)
         note_loss(run, f"{run.path}: {told} The stacks are in {run.path}/logs.")
     finally:
@@ -101,14 +102,31 @@ def _end(run: RunFolder, workers: list[int], told: str, request: Path) -> None:
             _send(pid, signal.SIGKILL)
 
 
-def ask_for_stacks(workers: list[int]) -> None:
-    """SIGUSR2 to those that listen to it; others, which have only just begun, would die of it."""
+def ask_for_stacks(workers: list[int], logs: Path | None) -> None:
+    """SIGUSR2 to those that listen to it; others, which have only just begun, would die of it. Then what others see of all of them."""
     for pid in workers:
         with suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
             caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
             if caught >> (signal.SIGUSR2 - 1) & 1:
                 _send(pid, signal.SIGUSR2)
+    if logs:
+        time.sleep(0.5)  # their own come first
+        ranks = {pid: rank for pid in workers if (rank := _rank_of(pid)) is not None}
+        note_all({pid: logs / f"rank-{rank}.log" for pid, rank in ranks.items()})
+
+
+def _logs(note: Path) -> Path | None:
+    return Path(note.read_text(encoding="utf-8")) / "logs" if note.exists() else None
+
+
+def _rank_of(pid: int) -> int | None:
+    """The rank that a process has in its environment."""
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                return int(entry.removeprefix(b"RANK="))
+    return None
 
 
 def ranks_here() -> list[int]:
@@ -117,9 +135,7 @@ def ranks_here() -> list[int]:
     with suppress(OSError):
         for task in Path("/proc/self/task").iterdir():
             for pid in (task / "children").read_text().split():
-                with suppress(OSError):
-                    if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
-                        found.append(int(pid))
+                found += [int(pid)] if _rank_of(int(pid)) is not None else []
     return sorted(found)
 
 

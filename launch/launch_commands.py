@@ -38,6 +38,7 @@ def slurm(
     setup: Annotated[
         list[str] | None, typer.Option(help="A shell line to run first (module load ..., source ...); may be repeated.")
     ] = None,
+    template: Annotated[Path | None, typer.Option(help="A batch script template of your own (jinja), in the place of ours.")] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
 ) -> None:
     """Submit a run as a Slurm job."""
@@ -45,7 +46,7 @@ def slurm(
     from regrowth.launch.slurm import launch as go
 
     asked = {"nodes": nodes, "partition": partition, "account": account, "minutes": minutes, "gpus_per_node": gpus_per_node, "setup": setup,
-             "ranks_per_node": ranks_per_node, "spares": spares}  # fmt: skip
+             "ranks_per_node": ranks_per_node, "spares": spares or None, "template": str(template.resolve()) if template else None}  # fmt: skip
     go(config, overrides or [], options_on(cluster, asked), print_only)
 
 

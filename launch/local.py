@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from regrowth.errors import RankLost, RegrowthError, RunFailed, Stopped, UserError
+from regrowth.launch.stacks import note_all
 from regrowth.parallel.heartbeat import SIGNS_OF_A_LOST_RANK
 
 _SIGNS_OF_AN_ECHO = (*SIGNS_OF_A_LOST_RANK, "gloo", "NCCL", "DistStoreError", "DistNetworkError")
@@ -131,25 +132,15 @@ def _start(folder: Path, corpus: str, ranks: int, store: Path) -> list[subproces
 
 
 def _ask_for_stacks(folder: Path, workers: list[subprocess.Popen[bytes]]) -> str:
-    """Let each rank write its Python stacks into its log, and add what the kernel says of it: state, system call, its own stack.
+    """Let each rank write its Python stacks into its log, and add what others see of it.
 
     Returns:
         A sentence on the ranks that a debugger, a signal or a device holds.
     """
     _signal(workers, signal.SIGUSR2)
     time.sleep(1.0)
-    held = []
-    for rank, worker in enumerate(workers):
-        told = [f"-- found hanging at {time.strftime('%Y-%m-%d %H:%M:%S %z')}"]
-        for name in ("status", "wchan", "syscall", "stack"):
-            with suppress(OSError):
-                text = Path(f"/proc/{worker.pid}/{name}").read_text().strip()
-                told.append(next(line for line in text.splitlines() if line.startswith("State")) if name == "status" else f"{name}: {text}")
-        held += [
-            f"rank {rank} is in state {word}" for line in told if line.startswith("State") and (word := line.split("\t")[-1])[0] in "TtD"
-        ]
-        with (folder / "logs" / f"rank-{rank}.log").open("a") as log:
-            log.write("\n".join(told) + "\n")
+    states = note_all({worker.pid: folder / "logs" / f"rank-{rank}.log" for rank, worker in enumerate(workers)})
+    held = [f"rank {rank} is in state {state}" for rank, state in enumerate(states) if state[:1] in ("T", "t", "D")]
     return f"{', '.join(held)}. " if held else ""
 
 

@@ -35,6 +35,7 @@ class JobOptions:
     setup: list[str] = field(default_factory=list)  # shell lines that run first
     ranks_per_node: int | None = None
     spares: int = 0  # nodes beside those that the run needs
+    template: str | None = None  # in the place of ours
     max_nodes: int | None = None  # that the machine's description allows
 
 
@@ -138,7 +139,8 @@ def render(config: str, overrides: list[str], options: JobOptions) -> tuple[str,
         if value and any(c in value for c in "\n\r"):
             raise UserError(f"{name}: holds a line break; Slurm options are single lines.")
     logs = (settings.run.folder / "slurm").resolve()
-    script = _template("slurm.sh.jinja").render(
+    script = _filled(
+        options.template or "slurm.sh.jinja",
         name=_option(settings.run.name),
         nodes=nodes,
         spares=options.spares,
@@ -173,7 +175,8 @@ def render_stage(name: str, command: list[str], logs: Path, options: JobOptions,
     for key, value in (("partition", options.partition), ("account", options.account), ("the folder", str(logs))):
         if value and any(c in value for c in "\n\r"):
             raise UserError(f"stage {name}: {key} holds a line break; Slurm options are single lines.")
-    return _template("slurm_stage.sh.jinja").render(
+    return _filled(
+        "slurm_stage.sh.jinja",
         name=_option(name),
         cpus=cpus,
         gpus=options.gpus_per_node,
@@ -207,7 +210,8 @@ def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
     for key, value in (("partition", options.partition), ("account", options.account), ("the corpus's folder", str(job.folder))):
         if value and any(c in value for c in "\n\r"):
             raise UserError(f"data.executor: {key} holds a line break; Slurm options are single lines.")
-    return _template("slurm_array.sh.jinja").render(
+    return _filled(
+        "slurm_array.sh.jinja",
         name=_option(job.name),
         ranks=job.ranks,
         throttle=options.throttle,
@@ -250,11 +254,27 @@ def queued(jobs: list[str]) -> dict[str, dict[str, int]]:
     return states
 
 
-def _template(name: str) -> Any:
+def _filled(template: str, **values: Any) -> str:
+    """A batch script of ours, by its file's name, or of the user's, by its path.
+
+    Raises:
+        UserError: there is no such file, or it is no template for these values.
+    """
     import jinja2
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).get_template(name)
+    path = Path(template) if "/" in template else Path(__file__).parent / template
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        return environment.from_string(path.read_text(encoding="utf-8")).render(values)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {template}: cannot be read ({error}).") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"--template {template}, line {error.lineno}: {error}. Begin with a copy of {Path(__file__).parent}/slurm.sh.jinja."
+        ) from error
+    except jinja2.TemplateError as error:
+        known = ", ".join(sorted(values))
+        raise UserError(f"--template {template}: {error}. What a template can have filled in: {known}.") from error
 
 
 def submit(script: str, after: list[str] | None = None) -> str:

@@ -1,6 +1,7 @@
 """Slurm: the script is right on paper for every name, and runs on a real (virtual) cluster where there is one."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from regrowth.errors import UserError
+from regrowth.launch import slurm as slurm_module
 from regrowth.launch.slurm import JobOptions, render, submit
 from tests.launch.helpers import (
     happened,
@@ -28,6 +30,11 @@ def script(config: str = "quickstart", overrides: list[str] | None = None, **opt
     return render(config, overrides or [], JobOptions(**{"minutes": 30, **options}))[0]
 
 
+def trained(text: str) -> str:
+    """The words of a script behind the `regrowth` that trains."""
+    return text.split("    -m regrowth ")[1].split("\n}\n")[0]
+
+
 def test_the_script_says_what_was_asked_for() -> None:
     text = script(nodes=2, partition="gpu", account="lab", gpus_per_node=1, setup=["module load cuda"])
     for line in (
@@ -39,7 +46,7 @@ def test_the_script_says_what_was_asked_for() -> None:
         "module load cuda",
     ):
         assert line in text.splitlines()
-    assert "--nnodes=2 --nproc-per-node=1" in text
+    assert '--nnodes="$count" --nproc-per-node=1' in text  # of the nodes that it is started on: all of them, but for spare ones
     assert "--partition" not in script()
 
 
@@ -47,8 +54,7 @@ def test_user_strings_reach_the_command_as_they_are(tmp_path: Path) -> None:
     nasty = 'run.name=it\'s "$(touch pwned)" & more'
     text = script(overrides=[nasty])
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    command = text[text.index("-m regrowth ") : text.index(" || status")]
-    assert shlex.split(command)[2:] == ["train", str((Path(__file__).parents[2] / "configs/quickstart.toml").resolve()), nasty]
+    assert shlex.split(trained(text)) == ["train", str((Path(__file__).parents[2] / "configs/quickstart.toml").resolve()), nasty]
 
 
 def test_a_runs_folder_is_gone_on_with(documents: Path, tmp_path: Path) -> None:
@@ -56,12 +62,28 @@ def test_a_runs_folder_is_gone_on_with(documents: Path, tmp_path: Path) -> None:
     folder.mkdir()
     write_config(folder / "config.toml", documents, tmp_path)
     text = script(str(folder), ["checkpoint.keep=9"])
-    assert shlex.split(text[text.index("-m regrowth ") : text.index(" || status")])[2:] == [
+    assert shlex.split(trained(text)) == [
         "train",
         "--resume",
         str(folder),
         "checkpoint.keep=9",
     ]
+
+
+def test_a_template_of_ones_own_takes_the_place_of_ours(tmp_path: Path) -> None:
+    ours = (Path(slurm_module.__file__).parent / "slurm.sh.jinja").read_text()
+    own = tmp_path / "own.jinja"
+    own.write_text(ours.replace("set -euo pipefail", "set -euo pipefail\necho hello from {{ name }}"))
+    assert "echo hello from" in script(template=str(own)) and "echo hello" not in script()
+    for text, told in (
+        ("{{ partitoin }}", "'partitoin' is undefined. What a template can have filled in: account,"),
+        ("{% if %}", "line 1: "),
+    ):
+        own.write_text(text)
+        with pytest.raises(UserError, match=re.escape(told)):
+            script(template=str(own))
+    with pytest.raises(UserError, match="cannot be read"):
+        script(template=str(tmp_path / "nowhere"))
 
 
 def test_a_line_break_in_an_option_is_refused() -> None:
