@@ -113,7 +113,7 @@ class SlurmCluster:
         self._end(self.folder / f"slurmd-{node}.pid")
         for step in map(int, steps):
             below = _below(step)
-            if any(f"SLURMD_NODENAME={node}" in _environment(pid) for pid in below):
+            if any({f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.conf}"} <= set(_environment(pid)) for pid in below):
                 for pid in (step, *below):
                     _kill(pid)
 
