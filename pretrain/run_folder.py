@@ -64,12 +64,14 @@ class RunFolder:
         Raises:
             UserError: it cannot.
         """
-        try:
-            make_folder(config.run.folder)
-            if not os.access(config.run.folder, os.W_OK):
-                raise OSError(errno.EROFS, "not writable: no permission, or a read-only disk")
-        except OSError as error:
-            raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({error.strerror}).") from error
+        place = config.run.folder.resolve()
+        while not place.exists():
+            place = place.parent
+        fault = (
+            errno.ENOTDIR if not place.is_dir() else 0 if os.access(place, os.W_OK) else errno.EROFS if _read_only(place) else errno.EACCES
+        )
+        if fault:
+            raise UserError(f"run.folder = {config.run.folder}: cannot make a run folder there ({os.strerror(fault)}).")
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -154,6 +156,10 @@ class RunFolder:
         """Whether the run reached its last step; one whose `run.steps` was raised since is not finished any more."""
         last = max((row["step"] for row in self.rows("events") if row["event"] == "finished"), default=-1)
         return last >= 0 and last >= self.config().run.steps
+
+
+def _read_only(place: Path) -> bool:
+    return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
 
 
 def _new_folder(base: Path) -> Path:

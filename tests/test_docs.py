@@ -103,10 +103,15 @@ def test_every_benchmark_prints_its_ratios_in_its_short_form(program: Path) -> N
 def test_the_examples_of_config_in_the_docs_are_valid() -> None:
     import tomllib
 
+    from regrowth.launch.pipeline_config import PipelineConfig
     from regrowth.pretrain.config import RunConfig
     from regrowth.settings import merge, read_toml, validate
 
     base = read_toml(ROOT / "configs/quickstart.toml")
     for page in PAGES:
         for block in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL):
-            validate(RunConfig, merge(base, tomllib.loads(block)), page.name)
+            values = tomllib.loads(block)
+            if "stages" in values:
+                validate(PipelineConfig, values, page.name)
+            else:
+                validate(RunConfig, merge(base, values), page.name)
