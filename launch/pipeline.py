@@ -121,8 +121,9 @@ class Pipeline:
         stage, command = self.stages[name], self.command(name)
         files = [Path(word.rpartition("=")[2]) for word in command] if stage.run else []
         recipe = command[1:2] if command[0] == "train" else command[2:3] if command[:2] in (["data", "run"], ["data", "prepare"]) else []
+        recipes = [find_recipe(word) for word in recipe if not word.startswith("-")]
         found = {"command": stage.run or stage.shell or ""}
-        found |= {str(path): _signature(path) for path in [*map(find_recipe, recipe), *files] if path.is_file() and not self._inside(path)}
+        found |= {str(path): _signature(path) for path in [*recipes, *files] if _is_file(path) and not self._inside(path)}
         found |= {str(path): _signature(path) for path in stage.uses}
         for other in self.needs[name]:
             record = self.record(other)
@@ -215,6 +216,14 @@ class Pipeline:
                     return "its command has changed"
                 return f"{key} has been made again" if key.startswith("stage ") else f"{key} has changed"
         return ""
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a word of a command is a file's name; one that no name can be as long as is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _signature(path: Path) -> str:

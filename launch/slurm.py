@@ -58,14 +58,19 @@ def launch(config: str, overrides: list[str], options: JobOptions, print_only: b
     return job
 
 
-def _hand_over_waiting(job: str, successor: str) -> None:
+def _hand_over_waiting(job: str, successor: str, console: Console) -> None:
     """Let jobs that wait for the end of this one wait for the one that goes on with its run."""
-    done = subprocess.run(["squeue", "-h", "-o", "%i|%E"], capture_output=True, text=True, timeout=60)
-    for line in done.stdout.splitlines():
-        waiting, _, condition = line.partition("|")
-        if job and re.search(rf":{job}\b", condition):
-            condition = re.sub(r"\([^)]*\)", "", re.sub(rf":{job}\b", f":{successor}", condition))
-            subprocess.run(["scontrol", "update", f"JobId={waiting}", f"Dependency={condition}"], timeout=60)
+    try:
+        done = subprocess.run(["squeue", "-h", "-o", "%i|%E"], capture_output=True, text=True, timeout=60, check=True)
+        for line in done.stdout.splitlines():
+            waiting, _, condition = line.partition("|")
+            if job and re.search(rf":{job}\b", condition):
+                condition = re.sub(r"\([^)]*\)", "", re.sub(rf":{job}\b", f":{successor}", condition))
+                subprocess.run(["scontrol", "update", f"JobId={waiting}", f"Dependency={condition}"], timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        console.print(
+            f"note: jobs that wait for job {job} could not be told to wait for {successor} ({error}); submit them again when that one has ended."
+        )
 
 
 def end_job(folder: Path) -> None:
@@ -79,9 +84,9 @@ def end_job(folder: Path) -> None:
     place = place_of(run)
     if run.replanned and place:
         job = launch(str(folder), [], JobOptions(**place.options))
-        _hand_over_waiting(os.environ.get("SLURM_JOB_ID", ""), job)
         # A job that fails before it logs anything must not be submitted again for ever.
         run.log("events", {"event": "job submitted", "time": time.time()})
+        _hand_over_waiting(os.environ.get("SLURM_JOB_ID", ""), job, console)
     elif os.environ.get("SLURM_JOB_ID") and may_go_on(run):
         _requeue(run, os.environ["SLURM_JOB_ID"], console)
     elif run.finished or (reason := given_up(run)):

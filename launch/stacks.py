@@ -2,12 +2,18 @@
 
 import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 _NATIVE_SECONDS = 20.0
+
+
+def py_spy() -> str | None:
+    """The program, beside this Python or on the path."""
+    return shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
 
 
 def note_all(logs: dict[int, Path]) -> list[str]:
@@ -30,7 +36,7 @@ def note_stacks(pid: int, log: Path) -> str:
                 text = next(line for line in text.splitlines() if line.startswith("State")).split("\t")[-1]
                 state = text
             told.append(f"{name}: {text}")
-    if (program := shutil.which("py-spy")) and state:
+    if (program := py_spy()) and state:
         try:
             done = subprocess.run(
                 [program, "dump", "--native", "--pid", str(pid)], capture_output=True, text=True, errors="replace", timeout=_NATIVE_SECONDS

@@ -10,9 +10,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class BackgroundSaver:
         state = copy.deepcopy(state)  # the loader's goes on living
         copies = [self._stage(kind, tensors) for kind, tensors in (("model", weights), ("optimizer", moments))]
         stall = time.perf_counter() - began
-        self._thread = threading.Thread(target=self._write, args=(path, step, *copies, state, stall, logs), daemon=True, name="checkpoint")
+        save = partial(save_checkpoint, path, *copies, state, group=self._group, logs=logs)
+        self._thread = threading.Thread(target=self._write, args=(save, Saved(path, step, stall, 0.0)), daemon=True, name="checkpoint")
         self._thread.start()
         return before
 
@@ -107,21 +109,12 @@ class BackgroundSaver:
             torch.cuda.synchronize()
         return staged
 
-    def _write(
-        self,
-        path: Path,
-        step: int,
-        weights: dict[str, torch.Tensor],
-        moments: dict[str, torch.Tensor],
-        state: CheckpointState,
-        stall: float,
-        logs: Sequence[Path],
-    ) -> None:
+    def _write(self, save: Callable[[], str], saved: Saved) -> None:
         began = time.perf_counter()
         _step_back()
         try:
-            save_checkpoint(path, weights, moments, state, group=self._group, logs=logs)
-            self._saved = Saved(path, step, stall, time.perf_counter() - began)
+            save()
+            self._saved = replace(saved, write_seconds=time.perf_counter() - began)
         except BaseException as error:
             self._error = error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from regrowth.launch.stacks import py_spy
 from tests.launch.helpers import one_letter, only_run, regrowth, soon_after_a_checkpoint, start, steps_done, wait_for, write_config
 from tests.pretrain.helpers import losses
 
@@ -93,9 +94,7 @@ def test_ranks_that_hang_are_found_and_started_again(undisturbed: list[float], d
     assert "hung: no rank did anything for" in failed["reason"] and "rank 1 is in state T (stopped)" in failed["reason"]
     log = (run.path / "logs/rank-0.log").read_text()
     assert "forward_backward" in log.partition("-- found hanging")[0] and "wchan: " in log, "where rank 0 waited"
-    assert not shutil.which("py-spy") or "py-spy: Process" in log or "py-spy: Error" in log, (
-        "its native code's stack, where that may be looked at"
-    )
+    assert not py_spy() or "py-spy: Process" in log or "py-spy: Error" in log, "its native code's stack, where that may be looked at"
 
 
 @pytest.mark.slow

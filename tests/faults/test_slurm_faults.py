@@ -82,8 +82,7 @@ def test_the_death_of_a_node_puts_the_job_into_the_queue_and_it_takes_its_run_up
 
 
 def test_a_job_with_a_spare_node_goes_on_by_itself_when_one_dies(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
-    supervision = {"on_end": f"touch {tmp_path}/ended"}
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, supervision=supervision, **TWO)
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 100_000}, **TWO)
     job, logs = submitted(config, minutes=10, spares=1)
     wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=150)
     cluster.kill_node("n2")
@@ -103,12 +102,15 @@ def test_a_job_with_a_spare_node_goes_on_by_itself_when_one_dies(cluster: SlurmC
 
 
 def test_an_elastic_run_goes_on_with_fewer_replicas_on_the_same_samples(cluster: SlurmCluster, documents: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60}, supervision={"elastic": True}, **TWO)
+    config = write_config(tmp_path / "c.toml", documents, tmp_path, run={"steps": 60},
+                          supervision={"elastic": True, "on_end": f'echo "$REGROWTH_MESSAGE" > {tmp_path}/told'}, **TWO)  # fmt: skip
     job, _ = submitted(config, minutes=10)
     wait_for(lambda: soon_after_a_checkpoint(tmp_path), seconds=150)
     cluster.kill_node("n2")
     wait_for(lambda: only_run(tmp_path).finished, seconds=240)
     assert "Restarts=0" in cluster.ask("scontrol", "show", "job", job)
+    wait_for(lambda: (tmp_path / "told").exists(), seconds=60)
+    assert "finished" in (tmp_path / "told").read_text()
     (fewer,) = happened(tmp_path, "fewer replicas")
     assert (fewer["nodes"], fewer["of"]) == (1, 2)
     elsewhere = tmp_path / "undisturbed"
