@@ -1,10 +1,13 @@
 """Quantisation with scales per tensor, per row, block or tile: values and scales apart, or back in fp32 at once (emulation).
 
 "Row" and "block" run along the last dim, which callers make the contracted dim of their GEMM: a row is then a token of an activation or an
-output channel of a weight. A "tile" is block x block of the last two dims. amax = 0 gives scale 1.
+output channel of a weight. A "tile" is block x block of the last two dims.
+
+A group of zeros has scale 1. One with a NaN or an infinity becomes NaN as a whole, with every other group that its scale depends on ("two_level": the tensor's): a gradient
+that overflowed is not to look like one that did not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # whoever only reads configs, as launchers do, does without torch, which takes seconds to import
@@ -14,8 +17,12 @@ if TYPE_CHECKING:  # whoever only reads configs, as launchers do, does without t
 Granularity = Literal["tensor", "row", "block", "tile"]
 # "full": amax / format.max in fp32, so that the largest value of each group is held. As powers of two (E8M0): "floor", 2^(floor(log2 amax) - floor(log2 max)), the rule of
 # the MX standard, under which values up to a third above the largest saturate; "ceil", 2^ceil(log2(amax / max)), under which none does. "two_level": E4M3 relative to one fp32
-# scale of the whole tensor, amax / (448 max) (NVFP4, arXiv 2509.25149), never below E4M3's smallest number.
-Scale = Literal["full", "floor", "ceil", "two_level"]
+# scale of the whole tensor, amax / (448 max) (NVFP4, arXiv 2509.25149), never below E4M3's smallest number. "rms": the power of two at or below the scale that is best for normal
+# values of the group's standard deviation, clipped beyond it (QuEST, arXiv 2502.05003; Quartet, arXiv 2505.14669).
+Scale = Literal["full", "floor", "ceil", "two_level", "rms"]
+Rounding = Literal["nearest", "stochastic"]
+# The largest value of E2M1 stands for so many standard deviations where the squared error of a normal variable is smallest.
+_BEST_CLIP = {"e2m1": 2.92247856}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,19 @@ class Quantizer:
     granularity: Granularity = "row"
     block: int = 128  # values per scale, for granularity "block"; along each of two dims for "tile"
     scale: Scale = "full"
+    rounding: Rounding = "nearest"
+    shrink: float = 1.0  # values are multiplied by it before they are rounded: 3/4 keeps those that the floor rule would clip, without which the mean is wrong
+    outliers: float | None = (
+        None  # values outside the quantiles 1 - a and a are clamped, and what is cut off is kept wide beside them (arXiv 2501.17116)
+    )
+
+    def __post_init__(self) -> None:
+        if self.scale == "rms" and (self.granularity not in ("block", "tile") or self.format not in _BEST_CLIP):
+            raise ValueError('scale = "rms" is defined for format = "e2m1" and granularity = "block" or "tile"')
+        if not 0 < self.shrink <= 1:
+            raise ValueError(f"shrink = {self.shrink} is not above 0 and at most 1")
+        if self.outliers is not None and not 0.5 < self.outliers < 1:
+            raise ValueError(f"outliers = {self.outliers} is no upper quantile: between 0.5 and 1, as 0.99")
 
     def scales(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
         """fp32 scales, broadcastable against x grouped as in `_grouped`.
@@ -50,6 +70,8 @@ class Quantizer:
         """
         assert self.format is not None
         grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
+        if self.scale == "rms" and dims is not None:
+            return self._rms_scale(grouped.float().var(dim=dims, correction=0, keepdim=True).sqrt())
         if dims is None:
             amax = grouped.abs().amax() if grouped.numel() else grouped.new_zeros(())
         elif grouped.numel():
@@ -59,6 +81,13 @@ class Quantizer:
         _reduce(amax, None if groups is None else {"tensor": groups.tensor, "row": groups.row}.get(self.granularity))
         return self._scale_of(amax.float(), groups)
 
+    def _rms_scale(self, deviation: "torch.Tensor") -> "torch.Tensor":
+        from regrowth.kernels.formats import FORMATS, decode_power, encode_power
+
+        assert self.format is not None
+        scale = decode_power(encode_power(deviation * (_BEST_CLIP[self.format] / FORMATS[self.format].max)))
+        return scale.where(deviation != 0, 1.0)
+
     def _scale_of(self, amax: "torch.Tensor", groups: "AmaxGroups | None") -> "torch.Tensor":
         from regrowth.kernels.formats import E4M3, FORMATS, decode_power, encode_power, round_to
 
@@ -66,39 +95,58 @@ class Quantizer:
         most = FORMATS[self.format].max
         if self.scale == "full":
             scale = amax / most
-        elif self.scale == "two_level":
+            return (scale + (amax - amax)).where(scale != 0, 1.0)  # inf - inf is NaN
+        if self.scale == "two_level":
             whole = amax.amax() if amax.numel() else amax.new_zeros(())
             _reduce(whole, None if groups is None else groups.tensor)
             whole = whole / (most * E4M3.max)
-            whole = whole.where(whole > 0, 1.0)
+            whole = whole.where(whole != 0, 1.0)
             smallest = 2.0 ** (E4M3.min_exponent - E4M3.mantissa_bits)
             scale = round_to(amax / most / whole, E4M3).clamp_min(smallest) * whole
-        elif self.scale == "floor":
+            return scale.where((amax != 0) | whole.isnan() | whole.isinf(), 1.0)
+        if self.scale == "floor":
             largest_power = 2.0 ** (int(most).bit_length() - 1)
             scale = decode_power(encode_power(amax / largest_power))
         else:
             scale = decode_power(encode_power(amax / most, up=True))
-        return scale.where(amax > 0, 1.0) if self.scale != "full" else scale.where(scale > 0, 1.0)
+        return scale.where(amax != 0, 1.0)
 
-    def quantize(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
-        """(values of the format held in fp32, scales); their product is `emulate(x)`.
+    def quantize(
+        self, x: "torch.Tensor", groups: "AmaxGroups | None" = None, random: "torch.Tensor | None" = None
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """(values of the format held in fp32, scales); their product, over `shrink`, is `emulate(x)` without outliers.
+
+        Args:
+            random: int64 of x's shape, for stochastic rounding (`random_bits`).
 
         Raises:
-            ValueError: a block or a tile does not divide its dims.
+            ValueError: a block or a tile does not divide its dims; stochastic rounding without random bits.
         """
-        from regrowth.kernels.formats import FORMATS, round_to
+        from regrowth.kernels.formats import FORMATS, round_stochastic, round_to
 
         assert self.format is not None
-        scale = self.scales(x, groups)
-        grouped = _grouped(x.float(), self)
-        return round_to(grouped / scale, FORMATS[self.format]).reshape(x.shape), scale
+        scale, format = self.scales(x, groups), FORMATS[self.format]
+        scaled = _grouped(x.float(), self) / scale
+        if self.shrink != 1.0:
+            scaled = scaled * self.shrink
+        if self.rounding == "nearest":
+            return round_to(scaled, format).reshape(x.shape), scale
+        if random is None:
+            raise ValueError('rounding = "stochastic" needs random bits')
+        return round_stochastic(scaled.reshape(x.shape), format, random), scale
 
-    def emulate(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
-        """Round x to the format and scale back: an fp32 tensor of x's shape whose values the narrow format can hold."""
+    def emulate(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None, random: "torch.Tensor | None" = None) -> "torch.Tensor":
+        """Round x to the format and scale back: an fp32 tensor of x's shape whose values the narrow format can hold, but for outliers' remainders."""
         if self.format is None:
             return x
-        values, scale = self.quantize(x, groups)
-        return _grouped(values, self).mul_(scale).reshape(x.shape)
+        if self.outliers is not None:
+            from regrowth.kernels.outliers import clamp_outliers
+
+            inside, beyond = clamp_outliers(x.float(), self.outliers, None if groups is None else groups.tensor)
+            return replace(self, outliers=None).emulate(inside, groups, random) + beyond
+        values, scale = self.quantize(x, groups, random)
+        rounded = _grouped(values, self).mul_(scale).reshape(x.shape)
+        return rounded if self.shrink == 1.0 else rounded.div_(self.shrink)
 
 
 def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:
