@@ -20,6 +20,8 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
     """
     if size not in SIZES or x.shape[-1] % size:
         raise ValueError(f"a Hadamard transform of {size} does not fit a dim of {x.shape[-1]}; sizes are {', '.join(map(str, SIZES))}")
+    if not x.numel():
+        return x.float()
     blocks = x.float().reshape(-1, size)
     if signs is not None:
         blocks = blocks * signs
@@ -36,7 +38,7 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
 def inverse_hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> torch.Tensor:
     """What `hadamard` was applied to, within rounding: the matrix is its own inverse, the signs come last."""
     plain = hadamard(x, size)
-    return plain if signs is None else (plain.view(-1, size) * signs).view(x.shape)
+    return plain if signs is None or not x.numel() else (plain.view(-1, size) * signs).view(x.shape)
 
 
 def random_signs(size: int, key: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -4,26 +4,15 @@ The input gradient and the weight gradient live in separate autograd nodes that 
 that asks for one of them first (zero bubble) neither computes nor rounds anything twice.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from regrowth.kernels.quantize import AmaxGroups
-from regrowth.kernels.recipe import LinearPrecision
-
-_WHOLE = AmaxGroups()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a linear is split over ranks, as far as scales are concerned: which ranks cut the dim that each of the three GEMMs contracts."""
-
-    forward: AmaxGroups = _WHOLE
-    dgrad: AmaxGroups = _WHOLE
-    wgrad: AmaxGroups = _WHOLE
+from regrowth.kernels.formats import FORMATS
+from regrowth.kernels.gemm import Call, Cut, Rounded, Site, dge_derivative
+from regrowth.kernels.recipe import HIGH, LinearPrecision, PrecisionRecipe
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -32,36 +21,42 @@ class LowPrecisionLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, kind: str = "ffn") -> None:
         super().__init__(in_features, out_features, bias=False)
         self.kind = kind  # which entry of a recipe it follows
-        self.precision = LinearPrecision()
+        self.precision = HIGH
         self.cut = Cut()
+        self.site = Site()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.precision.is_high:
             return functional.linear(input, self.weight)
-        return low_precision_linear(input, self.weight, self.precision, self.cut)
+        return low_precision_linear(input, self.weight, self.precision, self.cut, self.site)
 
 
-def low_precision_linear(x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut | None = None) -> torch.Tensor:
+def low_precision_linear(
+    x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut | None = None, site: Site | None = None
+) -> torch.Tensor:
     """x [..., in] times weight [out, in] under a recipe's entry; differentiable in both."""
-    cut = cut or Cut()
-    product = _InputGemm.apply(x, weight.detach(), precision, cut)
-    weight_path = _WeightGemm.apply(weight, x.detach(), precision, cut.wgrad)
+    call = Call(precision, cut or Cut(), (site or Site()).now(), torch.is_grad_enabled())
+    trust = precision.estimator == "trust"
+    with torch.no_grad():
+        a = call.operand("forward", "a", x, "x", mask=trust)
+        b = call.operand("forward", "b", weight, "w", mask=trust)
+    product = _InputGemm.apply(x, weight.detach(), a, b, call)
+    weight_path = _WeightGemm.apply(weight, x.detach(), a, b, call)
     return _Join.apply(product, weight_path)
 
 
-def input_gradient(grad: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups | None = None) -> torch.Tensor:
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
     """dx [..., in] = dy w in dy's dtype; the contracted dim is out, so both operands are grouped along it."""
-    a = precision.dgrad.a.emulate(grad, cut)
-    b = precision.dgrad.b.emulate(weight.t().contiguous(), cut) if precision.dgrad.b.format else weight.t()
+    a = call.operand("dgrad", "a", grad, "dy").value
+    b = call.operand("dgrad", "b", weight.t(), "w", transposed=True).value
     return a.to(grad.dtype) @ b.to(grad.dtype).t()
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups | None = None) -> torch.Tensor:
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
     """dw [out, in] = dy^T x in dy's dtype; the contracted dim is the tokens, so both operands are grouped along them."""
-    a, b = _flat(grad).t(), _flat(x).t()
-    a = precision.wgrad.a.emulate(a.contiguous(), cut) if precision.wgrad.a.format else a
-    b = precision.wgrad.b.emulate(b.contiguous(), cut) if precision.wgrad.b.format else b
+    a = call.operand("wgrad", "a", _flat(grad).t(), "dy", transposed=True).value
+    b = call.operand("wgrad", "b", _flat(x).t(), "x", transposed=True).value
     return a.to(grad.dtype) @ b.to(grad.dtype).t()
 
 
@@ -77,31 +72,50 @@ class _InputGemm(torch.autograd.Function):
     """The forward product; its backward is the input gradient alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        ctx.precision, ctx.cut = precision, cut.dgrad
-        dtype = _product_dtype(x)
-        return precision.forward.a.emulate(x, cut.forward).to(dtype) @ precision.forward.b.emulate(weight, cut.forward).to(dtype).t()
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: Rounded, b: Rounded, call: Call) -> torch.Tensor:
+        ctx.call, dtype = call, _product_dtype(x)
+        if a.kept is None:
+            ctx.save_for_backward(weight)
+        else:
+            ctx.save_for_backward(b.value, a.kept)
+        return a.value.to(dtype) @ b.value.to(dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        return input_gradient(grads[0], weight, ctx.precision, ctx.cut), None, None, None  # autograd casts to x's dtype
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        gradient = input_gradient(grads[0], weight, ctx.call)  # autograd casts to x's dtype
+        if kept:
+            gradient = ctx.call.untransform("forward", gradient * kept[0])
+        return gradient, None, None, None, None
 
 
 class _WeightGemm(torch.autograd.Function):
     """No product forward, only a place for the gradient to arrive; its backward is the weight gradient alone."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, precision: LinearPrecision, cut: AmaxGroups) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.precision, ctx.cut = precision, cut
+    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, a: Rounded, b: Rounded, call: Call) -> torch.Tensor:
+        ctx.call = call
+        if b.kept is not None:
+            ctx.save_for_backward(a.value, b.kept)
+        elif call.precision.estimator == "dge":
+            ctx.save_for_backward(x, weight)
+        else:
+            ctx.save_for_backward(x)
         return weight.new_zeros((), dtype=_product_dtype(x)).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        return weight_gradient(grads[0], x, ctx.precision, ctx.cut), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        call: Call = ctx.call
+        gradient = weight_gradient(grads[0], x, call)
+        if call.precision.estimator == "trust":
+            gradient = call.untransform("forward", gradient * rest[0])
+        elif call.precision.estimator == "dge":
+            quantizer = call.precision.forward.b
+            assert quantizer.format is not None
+            scale = quantizer.scales(rest[0].float(), call.cut.forward)
+            gradient = gradient * dge_derivative(quantizer.in_units_of(scale, rest[0].float()), FORMATS[quantizer.format])
+        return gradient, None, None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -116,9 +130,17 @@ class _Join(torch.autograd.Function):
         return grads[0], grads[0]  # autograd casts each to its path's dtype
 
 
-def set_precision(model: nn.Module, attention: LinearPrecision, ffn: LinearPrecision) -> None:
-    """Tell every low-precision linear of a model what to compute in from now on."""
-    for module in model.modules():
-        if isinstance(getattr(module, "precision", None), LinearPrecision):  # linears, and stacked experts
-            linear: Any = module
-            linear.precision = ffn if linear.kind == "ffn" else attention
+def low_precision_modules(model: nn.Module) -> dict[str, Any]:
+    """The linears that follow recipes, and stacked experts, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(getattr(module, "precision", None), LinearPrecision)}
+
+
+def set_precision(model: nn.Module, recipe: PrecisionRecipe, layers: int, seed: int = 0, step: int = 0) -> None:
+    """Tell every low-precision linear of a model, or of a stage of it, what to compute in from now on, and what its draws depend on.
+
+    Args:
+        layers: of the whole model.
+    """
+    for name, module in low_precision_modules(model).items():
+        module.precision = recipe.of(name, module.kind, layers)
+        module.site.name, module.site.seed, module.site.step = name, seed, step

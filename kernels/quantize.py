@@ -18,8 +18,9 @@ Granularity = Literal["tensor", "row", "block", "tile"]
 # "full": amax / format.max in fp32, so that the largest value of each group is held. As powers of two (E8M0): "floor", 2^(floor(log2 amax) - floor(log2 max)), the rule of
 # the MX standard, under which values up to a third above the largest saturate; "ceil", 2^ceil(log2(amax / max)), under which none does. "two_level": E4M3 relative to one fp32
 # scale of the whole tensor, amax / (448 max) (NVFP4, arXiv 2509.25149), never below E4M3's smallest number. "rms": the power of two at or below the scale that is best for normal
-# values of the group's standard deviation, clipped beyond it (QuEST, arXiv 2502.05003; Quartet, arXiv 2505.14669).
-Scale = Literal["full", "floor", "ceil", "two_level", "rms"]
+# values of the group's standard deviation, clipped beyond it (QuEST, arXiv 2502.05003; Quartet, arXiv 2505.14669). "delayed": as "full" times 2^margin, from the largest amax of the
+# last `history` steps (`delayed.py`); values beyond it saturate.
+Scale = Literal["full", "floor", "ceil", "two_level", "rms", "delayed"]
 Rounding = Literal["nearest", "stochastic"]
 # The largest value of E2M1 stands for so many standard deviations where the squared error of a normal variable is smallest.
 _BEST_CLIP = {"e2m1": 2.92247856}
@@ -50,25 +51,31 @@ class Quantizer:
     scale: Scale = "full"
     rounding: Rounding = "nearest"
     shrink: float = 1.0  # values are multiplied by it before they are rounded: 3/4 keeps those that the floor rule would clip, without which the mean is wrong
-    outliers: float | None = (
-        None  # values outside the quantiles 1 - a and a are clamped, and what is cut off is kept wide beside them (arXiv 2501.17116)
-    )
+    history: int = 16  # steps that a delayed scale looks back on
+    margin: int = 0  # powers of two that a delayed scale leaves free above them
+    # Values outside the quantiles 1 - a and a are clamped, and what is cut off is kept wide beside them (arXiv 2501.17116).
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         if self.scale == "rms" and (self.granularity not in ("block", "tile") or self.format not in _BEST_CLIP):
             raise ValueError('scale = "rms" is defined for format = "e2m1" and granularity = "block" or "tile"')
+        if self.scale == "delayed" and (self.granularity != "tensor" or self.history < 1):
+            raise ValueError('scale = "delayed" is defined for granularity = "tensor" and a history of at least one step')
         if not 0 < self.shrink <= 1:
             raise ValueError(f"shrink = {self.shrink} is not above 0 and at most 1")
         if self.outliers is not None and not 0.5 < self.outliers < 1:
             raise ValueError(f"outliers = {self.outliers} is no upper quantile: between 0.5 and 1, as 0.99")
 
-    def scales(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
+    def scales(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None, amax: "torch.Tensor | None" = None) -> "torch.Tensor":
         """fp32 scales, broadcastable against x grouped as in `_grouped`.
 
         Args:
             x: [..., n] fp32; a slice of an operand, if `groups` says so.
+            amax: fp32 scalar taken instead of x's own ("delayed").
         """
         assert self.format is not None
+        if amax is not None:
+            return self._scale_of(amax, groups)
         grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
         if self.scale == "rms" and dims is not None:
             return self._rms_scale(grouped.float().var(dim=dims, correction=0, keepdim=True).sqrt())
@@ -93,8 +100,8 @@ class Quantizer:
 
         assert self.format is not None
         most = FORMATS[self.format].max
-        if self.scale == "full":
-            scale = amax / most
+        if self.scale in ("full", "delayed"):
+            scale = amax * (2.0**self.margin if self.scale == "delayed" else 1.0) / most
             return (scale + (amax - amax)).where(scale != 0, 1.0)  # inf - inf is NaN
         if self.scale == "two_level":
             whole = amax.amax() if amax.numel() else amax.new_zeros(())
@@ -112,12 +119,17 @@ class Quantizer:
         return scale.where(amax != 0, 1.0)
 
     def quantize(
-        self, x: "torch.Tensor", groups: "AmaxGroups | None" = None, random: "torch.Tensor | None" = None
+        self,
+        x: "torch.Tensor",
+        groups: "AmaxGroups | None" = None,
+        random: "torch.Tensor | None" = None,
+        amax: "torch.Tensor | None" = None,
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """(values of the format held in fp32, scales); their product, over `shrink`, is `emulate(x)` without outliers.
 
         Args:
             random: int64 of x's shape, for stochastic rounding (`random_bits`).
+            amax: as in `scales`.
 
         Raises:
             ValueError: a block or a tile does not divide its dims; stochastic rounding without random bits.
@@ -125,7 +137,7 @@ class Quantizer:
         from regrowth.kernels.formats import FORMATS, round_stochastic, round_to
 
         assert self.format is not None
-        scale, format = self.scales(x, groups), FORMATS[self.format]
+        scale, format = self.scales(x, groups, amax), FORMATS[self.format]
         scaled = _grouped(x.float(), self) / scale
         if self.shrink != 1.0:
             scaled = scaled * self.shrink
@@ -135,7 +147,13 @@ class Quantizer:
             raise ValueError('rounding = "stochastic" needs random bits')
         return round_stochastic(scaled.reshape(x.shape), format, random), scale
 
-    def emulate(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None, random: "torch.Tensor | None" = None) -> "torch.Tensor":
+    def emulate(
+        self,
+        x: "torch.Tensor",
+        groups: "AmaxGroups | None" = None,
+        random: "torch.Tensor | None" = None,
+        amax: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
         """Round x to the format and scale back: an fp32 tensor of x's shape whose values the narrow format can hold, but for outliers' remainders."""
         if self.format is None:
             return x
@@ -143,10 +161,24 @@ class Quantizer:
             from regrowth.kernels.outliers import clamp_outliers
 
             inside, beyond = clamp_outliers(x.float(), self.outliers, None if groups is None else groups.tensor)
-            return replace(self, outliers=None).emulate(inside, groups, random) + beyond
-        values, scale = self.quantize(x, groups, random)
-        rounded = _grouped(values, self).mul_(scale).reshape(x.shape)
+            return replace(self, outliers=None).emulate(inside, groups, random, amax) + beyond
+        return self.restore(*self.quantize(x, groups, random, amax))
+
+    def restore(self, values: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
+        """fp32: values of the format times their scales. `values` is written over."""
+        rounded = _grouped(values, self).mul_(scale).reshape(values.shape)
         return rounded if self.shrink == 1.0 else rounded.div_(self.shrink)
+
+    def in_units_of(self, scale: "torch.Tensor", x: "torch.Tensor") -> "torch.Tensor":
+        """x over its scales."""
+        return (_grouped(x, self) / scale).reshape(x.shape)
+
+    def holds(self, x: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
+        """bool, x's shape: what lies within the format's range under a scale, and is not clipped."""
+        from regrowth.kernels.formats import FORMATS
+
+        assert self.format is not None
+        return (_grouped(x, self).abs() < scale * FORMATS[self.format].max).reshape(x.shape)
 
 
 def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:

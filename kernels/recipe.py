@@ -1,10 +1,13 @@
-"""Precision recipes: data, not code. For each kind of linear, a quantiser per operand of each of its three GEMMs, and a schedule.
+"""Precision recipes: data, not code. For each kind of linear, a quantiser per operand of each of its three GEMMs, what stays wide, and a schedule.
 
-The kinds are `attention` (q, k, v and output projections) and `ffn` (gate, up, down). Embedding, head, norms and the attention core stay in
-the training dtype in every recipe.
+The kinds are `attention` (q, k, v and output projections) and `ffn` (gate, up, down, of experts too). Embedding, head, norms and the attention core stay in
+the training dtype in every recipe. `configs/precision/*.toml` are the published ones.
 """
 
+import re
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
 
 from regrowth.kernels.quantize import Quantizer
 
@@ -19,6 +22,19 @@ class GemmPrecision:
 
     a: Quantizer = _HIGH
     b: Quantizer = _HIGH
+    hadamard: Literal[0, 16, 32, 64, 128] = 0  # both operands are transformed in blocks of so many along what is contracted; 0: not at all
+    # Of the transform: "none"; "fixed", one vector for all linears and steps; "random", drawn for each linear and step.
+    signs: Literal["none", "fixed", "random"] = "none"
+
+    @property
+    def is_high(self) -> bool:
+        """Whether nothing is rounded, and so nothing transformed."""
+        return self.a.format is None and self.b.format is None
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in it."""
+        return not self.is_high and (self.signs == "random" or "stochastic" in (self.a.rounding, self.b.rounding))
 
 
 @dataclass(frozen=True)
@@ -30,63 +46,82 @@ class LinearPrecision:
     forward: GemmPrecision = GemmPrecision()
     dgrad: GemmPrecision = GemmPrecision()
     wgrad: GemmPrecision = GemmPrecision()
+    # How gradients pass the rounding of the forward pass. "straight": as if it were not there, from the operands as they were. "dge": the weight's gradient times the derivative
+    # of a smooth stand-in for its rounding (arXiv 2501.17116). "trust": from the operands as they were rounded, and none where a value was clipped (arXiv 2505.14669).
+    estimator: Literal["straight", "dge", "trust"] = "straight"
+
+    def __post_init__(self) -> None:
+        if self.estimator == "dge" and self.forward.b.format is None:
+            raise ValueError('estimator = "dge" stands for the rounding of the weight; give forward.b a format')
+        if self.estimator == "trust" and (self.forward.a.format is None or self.forward.b.format is None or self.forward.draws):
+            raise ValueError(
+                'estimator = "trust" takes the rounded operands of the forward pass; give forward.a and forward.b formats, and leave chance out of it'
+            )
 
     @property
     def is_high(self) -> bool:
         """Whether nothing is rounded."""
-        return self == LinearPrecision()
+        return self.forward.is_high and self.dgrad.is_high and self.wgrad.is_high
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in it."""
+        return self.forward.draws or self.dgrad.draws or self.wgrad.draws
+
+
+HIGH = LinearPrecision()
 
 
 @dataclass(frozen=True)
 class PrecisionRecipe:
-    """What each kind of linear computes in, and when the run returns to full precision."""
+    """What each kind of linear computes in, which stay wide, and when the run returns to full precision."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     name: str = "full"
-    attention: LinearPrecision = LinearPrecision()
-    ffn: LinearPrecision = LinearPrecision()
-    full_precision_last: float = 0.0  # fraction of the steps at the end that run in the training dtype (target-precision schedule)
+    attention: LinearPrecision = HIGH
+    ffn: LinearPrecision = HIGH
+    first_wide: int | float = 0  # blocks at the beginning of the model that stay wide: a number, or (with a decimal point) a share of all
+    last_wide: int | float = 0
+    wide: tuple[str, ...] = ()  # further linears that stay wide, as patterns of their names: "layers.3.attn.*", "*.w_down"
+    full_precision_last: float = 0.0  # share of the steps, the last, that run in the training dtype (target-precision schedule)
+    last_switch: Literal["all", "forward"] = "all"  # what of it goes wide then: everything, or the forward pass alone
+
+    def __post_init__(self) -> None:
+        for key, value in (("first_wide", self.first_wide), ("last_wide", self.last_wide)):
+            if value < 0 or (isinstance(value, float) and value >= 1):
+                raise ValueError(f"{key} = {value} is neither a number of blocks (a whole one) nor a share of them (below 1)")
+        if not 0 <= self.full_precision_last <= 1:
+            raise ValueError(f"full_precision_last = {self.full_precision_last} is no share of the steps, between 0 and 1")
 
     def at(self, step: int, steps: int) -> "PrecisionRecipe":
-        """The recipe in force at `step` of `steps`: itself, or full precision in the last part."""
-        if self.full_precision_last and step >= steps - round(self.full_precision_last * steps):
+        """The recipe in force at `step` of `steps`: itself, or what it becomes in the last part."""
+        if not self.full_precision_last or step < steps - round(self.full_precision_last * steps):
+            return self
+        if self.last_switch == "all":
             return replace(FULL, full_precision_last=self.full_precision_last)
-        return self
+        attention, ffn = (replace(kind, forward=GemmPrecision(), estimator="straight") for kind in (self.attention, self.ffn))
+        return replace(self, name=f"{self.name}, forward full", attention=attention, ffn=ffn)
 
     @property
     def is_full(self) -> bool:
         """Whether nothing is rounded."""
         return self.attention.is_high and self.ffn.is_high
 
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in it."""
+        return self.attention.draws or self.ffn.draws
+
+    def of(self, name: str, kind: str, layers: int) -> LinearPrecision:
+        """What the linear of a name (`layers.3.ffn.w_up`) computes in, in a model of so many layers."""
+        first, last = (round(n * layers) if isinstance(n, float) else n for n in (self.first_wide, self.last_wide))
+        block = re.match(r"layers\.(\d+)\.", name)
+        if block and not first <= int(block[1]) < layers - last:
+            return HIGH
+        if any(fnmatchcase(name, pattern) for pattern in self.wide):
+            return HIGH
+        return self.ffn if kind == "ffn" else self.attention
+
 
 FULL = PrecisionRecipe()
-
-
-def _both(quantizer: Quantizer) -> GemmPrecision:
-    return GemmPrecision(quantizer, quantizer)
-
-
-def _fp4_paper(granularity: str, block: int = 128) -> PrecisionRecipe:
-    """arXiv 2502.11458: FFN forward FP4, attention projections forward FP8, all linear backward FP8; the end in full precision.
-
-    Scales per token x per channel for small models, per block of 128 for large ones.
-    """
-    fp4 = Quantizer("e2m1", granularity, block)  # type: ignore[arg-type]
-    fp8 = Quantizer("e4m3", granularity, block)  # type: ignore[arg-type]
-    backward = {"dgrad": _both(fp8), "wgrad": _both(fp8)}
-    return PrecisionRecipe(
-        name="fp4_paper" if granularity == "row" else "fp4_paper_block",
-        attention=LinearPrecision(forward=_both(fp8), **backward),
-        ffn=LinearPrecision(forward=_both(fp4), **backward),
-        full_precision_last=0.1,
-    )
-
-
-def _fp8_rowwise() -> PrecisionRecipe:
-    """Everything E4M3 with a scale per row: the common FP8 baseline."""
-    linear = LinearPrecision(*(_both(Quantizer("e4m3", "row")) for _ in range(3)))
-    return PrecisionRecipe(name="fp8_rowwise", attention=linear, ffn=linear)
-
-
-RECIPES = {recipe.name: recipe for recipe in (FULL, _fp4_paper("row"), _fp4_paper("block"), _fp8_rowwise())}

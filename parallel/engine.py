@@ -20,7 +20,7 @@ from regrowth.parallel.plan import ParallelPlan
 MicroBatch = dict[str, torch.Tensor]
 # (nll [b, t], micro-batch) -> sums over tokens [b, n] of whatever part of the sequences is given
 Report = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
-INPUTS = ("positions", "doc_ids", "labels", "loss_weight")  # what a model takes besides tokens, in order
+INPUTS = ("positions", "doc_ids", "labels", "loss_weight", "index")  # what a model takes besides tokens, in order
 
 
 class Engine(Protocol):

@@ -7,11 +7,12 @@ from pydantic import Field, field_validator, model_validator
 
 from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.mixing.config import Mixing, StaticMixing
-from regrowth.errors import UserError, nearest
-from regrowth.kernels.recipe import RECIPES, PrecisionRecipe
+from regrowth.errors import UserError
+from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.growth.event import GrowthEvent
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.precision import Recipe, check_fits, load_recipe, shipped
 from regrowth.pretrain.safety import SafetyConfig
 from regrowth.settings import PlainName, Settings, find_recipe, load
 
@@ -63,25 +64,27 @@ class ScheduleConfig(Settings):
 
 
 class PrecisionConfig(Settings):
-    """A recipe by name, or one spelled out."""
+    """A recipe by name or from a file, or one spelled out."""
 
-    recipe: str = "full"
-    custom: PrecisionRecipe | None = None
+    recipe: str = "full"  # the name of a shipped one, or the path of a TOML file
+    custom: Recipe | None = None
     full_precision_last: Annotated[float, Field(ge=0, le=1)] | None = None  # None: the recipe's own
 
     @field_validator("recipe")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in RECIPES:
-            raise ValueError(f"no such recipe; {nearest(value, RECIPES)}")
+        try:
+            load_recipe(value)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix(f'precision.recipe = "{value}": ')) from error
         return value
 
     def build(self) -> PrecisionRecipe:
         """The recipe with its schedule."""
         from dataclasses import replace
 
-        recipe = self.custom or RECIPES[self.recipe]
-        if self.custom and recipe.name in RECIPES:
+        recipe = self.custom or load_recipe(self.recipe)
+        if self.custom and recipe.name in ("full", *shipped()):
             recipe = replace(recipe, name="custom")
         return recipe if self.full_precision_last is None else replace(recipe, full_precision_last=self.full_precision_last)
 
@@ -185,14 +188,14 @@ class RunConfig(Settings):
     def _grown_shapes_fit(self) -> None:
         """The plan and the precision recipe must fit every shape that the model will have."""
         model, plan, loader = self.model, self.parallel, self.loader
-        self._blocks_divide(model, plan)
+        self._precision_fits(model, plan)
         for event in self.growth:
             try:
                 model, plan = event.configs(model)[-1], event.plan_after(plan)
                 plan.check_batch(loader.global_batch)
                 for length in {loader.sequence_length, *(stage.sequence_length for stage in loader.length_schedule)}:
                     plan.check_model(model, length, loader.global_batch)
-                self._blocks_divide(model, plan)
+                self._precision_fits(model, plan)
                 if plan.pp > 1 and loader.length_schedule:
                     raise ValueError("loader.length_schedule: the stages of a pipeline exchange messages of one shape; set pp = 1")
                 if plan.engine != "native" and event.operators[-1].op == "random_pad":
@@ -200,31 +203,9 @@ class RunConfig(Settings):
             except (ValueError, UserError) as error:
                 raise ValueError(f"after the growth at {event.at}: {error}") from error
 
-    def _blocks_divide(self, model: ModelConfig, plan: ParallelPlan) -> None:
-        """Scales per block need dims that are multiples of the block."""
-        recipe = self.precision.build()
-        # The second matrix of a pair is cut along what it contracts, the first along what its input gradient contracts.
-        attention = {
-            "model.width": model.width,
-            "model.heads x head_dim / parallel.tp": model.heads * model.head_dim // plan.tp,
-            "model.kv_heads x head_dim / parallel.tp": model.kv_heads * model.head_dim // plan.tp,
-        }
-        ffn = {"model.width": model.width, **{f"{key} / parallel.tp": size // plan.tp for key, size in model.hidden_widths.items()}}
-        # A rank of cp holds two chunks of a sequence, and no block of tokens may straddle them.
-        shortest = min([self.loader.sequence_length, *(stage.sequence_length for stage in self.loader.length_schedule)])
-        chunk = shortest // (2 * plan.cp if plan.cp > 1 else 1)
-        if model.expert_count and any(q.format and q.granularity in ("block", "tile") for q in (recipe.ffn.wgrad.a, recipe.ffn.wgrad.b)):
-            raise ValueError("precision.recipe: blocks along the tokens do not fit experts, which get as many tokens as choose them; take a recipe with "
-                             "scales per row for the FFN's weight gradients")  # fmt: skip
-        for linear, dims in ((recipe.attention, attention), (recipe.ffn, ffn)):
-            for gemm in (linear.forward, linear.dgrad, linear.wgrad):
-                tokens = {"loader.sequence_length / chunks": chunk}
-                for quantizer in (gemm.a, gemm.b):
-                    sizes = tokens | dims if quantizer.granularity == "tile" else tokens if gemm is linear.wgrad else dims
-                    for name, size in sizes.items():
-                        if quantizer.format and quantizer.granularity in ("block", "tile") and size % quantizer.block:
-                            raise ValueError(f"{name} = {size} is not a multiple of the precision recipe's blocks of {quantizer.block}; "
-                                             "choose another size, or a recipe with scales per row")  # fmt: skip
+    def _precision_fits(self, model: ModelConfig, plan: ParallelPlan) -> None:
+        lengths = [self.loader.sequence_length, *(stage.sequence_length for stage in self.loader.length_schedule)]
+        check_fits(self.precision.build(), model, plan, min(lengths))
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from regrowth.data_pipeline.batch import Batch
-from regrowth.kernels.linear import set_precision
-from regrowth.kernels.recipe import RECIPES
 from regrowth.parallel.dtensor import full_tensor
 from regrowth.parallel.engine import Engine, MicroBatch, Report
 from regrowth.parallel.mesh import Mesh, choose_device
@@ -28,6 +26,7 @@ from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.loss import to_tensors, training_report
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
 from regrowth.pretrain.moe import balance
+from regrowth.pretrain.precision import load_recipe
 
 LENGTH, BATCH = 64, 16
 _SMALL: dict[str, Any] = {
@@ -120,12 +119,12 @@ def train(setting: Setting) -> Outcome:
     device = choose_device(setting.run.device)
     mesh, model = Mesh(setting.parallel, device), MODELS[setting.model]
     engine = build_engine(setting, model, mesh)
-    recipe = RECIPES[setting.recipe]
-    for module in engine.modules:
-        set_precision(module, recipe.attention, recipe.ffn)
+    recipe = load_recipe(setting.recipe)
     outcome = Outcome([], [], {}, [])
     for step in range(setting.steps):
         batch = made_up_batch(step, model.vocabulary, setting.loader)
+        for module in engine.modules:
+            module.follow(recipe, seed=setting.run.seed, step=step)  # pyright: ignore[reportCallIssue]
         loss = run_step(engine, batch, device)
         if step == 0:
             outcome.gradients = gathered_gradients(engine) if isinstance(engine, NativeEngine) else {}

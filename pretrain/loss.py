@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from regrowth.data_pipeline.batch import Batch
+from regrowth.kernels.random import random_bits
 from regrowth.parallel.engine import MicroBatch
 
 
@@ -17,6 +18,9 @@ def to_tensors(batch: Batch, device: torch.device) -> MicroBatch:
     """What the model and the loss need of a batch, on the device; copied from pinned memory to a GPU, without waiting."""
     wanted = ("tokens", "labels", "positions", "doc_ids", "loss_weight")
     tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in wanted}
+    # A number for every token that is the same however the step is split; sequences are scattered so that no two have tokens in common.
+    scattered_B1 = random_bits(0, torch.from_numpy(np.ascontiguousarray(batch.sample_id)))[:, None]
+    tensors["index"] = scattered_B1 + torch.arange(batch.tokens.shape[1])
     if device.type == "cuda":
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

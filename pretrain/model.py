@@ -19,9 +19,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from regrowth.kernels.cross_entropy import linear_cross_entropy
-from regrowth.kernels.linear import Cut, LowPrecisionLinear
+from regrowth.kernels.delayed import AmaxHistory
+from regrowth.kernels.gemm import Cut
+from regrowth.kernels.linear import LowPrecisionLinear, low_precision_modules, set_precision
 from regrowth.kernels.pointwise import rms_norm, rotate
 from regrowth.kernels.quantize import AmaxGroups
+from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.parallel.collectives import gather
 from regrowth.parallel.layout import ParameterSplit
 from regrowth.parallel.model_parallel import ModelParallel
@@ -89,12 +92,23 @@ class Block(nn.Module):
         self.tp = ALONE
 
     def forward(
-        self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask, valid_BT: torch.Tensor, attend: Attend
+        self,
+        x_BTD: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask,
+        valid_BT: torch.Tensor,
+        attend: Attend,
+        index_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; T is this rank's part of it under sequence parallelism."""
+        """[B, T, D] -> [B, T, D]; T is this rank's part of it under sequence parallelism. `index_BT` numbers the tokens where rounding is by chance."""
+        if index_BT is not None:  # here, so that a block that is run again has its own
+            for module in self.modules():
+                if isinstance(module, LowPrecisionLinear):
+                    module.site.tokens = index_BT
         x_BTD = x_BTD + self.tp.leave(self.attn(self.tp.enter(self.attn_norm(x_BTD)), cos, sin, mask, attend))
         inside = self.tp.enter(self.ffn_norm(x_BTD))
-        return x_BTD + self.tp.leave(self.ffn(inside, valid_BT) if isinstance(self.ffn, MoE) else self.ffn(inside))
+        return x_BTD + self.tp.leave(self.ffn(inside, valid_BT, index_BT) if isinstance(self.ffn, MoE) else self.ffn(inside))
 
 
 class Transformer(nn.Module):
@@ -111,6 +125,7 @@ class Transformer(nn.Module):
         self.config, self.attend, self.first, self.last = config, attend, first, last
         self.recompute, self.recompute_every = "none", 1
         self.z_loss = 0.0
+        self.draws = False  # whether linears round by chance
         needs_embedding = first or (last and config.tied)
         self.embed = nn.Embedding(config.vocabulary, config.width) if needs_embedding else None
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in (range(config.layers) if layers is None else layers)})
@@ -131,13 +146,22 @@ class Transformer(nn.Module):
                 module.cut = self._cut(second=name.endswith((".wo", ".w_down")))
             elif isinstance(module, Experts):
                 module.cut, module.cut_down = self._cut(second=False), self._cut(second=True)
+                module.ep_rank = parallel.ep.rank() if parallel.ep is not None else 0
+
+    def follow(self, recipe: PrecisionRecipe, seed: int, step: int, history: AmaxHistory | None = None) -> None:
+        """Let the linears compute by a recipe from now on; `seed`, `step` and a linear's name decide what is drawn."""
+        set_precision(self, recipe, self.config.layers, seed, step)
+        self.draws = recipe.draws
+        for module in low_precision_modules(self).values():
+            module.site.history = history
 
     def _cut(self, second: bool) -> Cut:
         """Where the ranks cut what a linear's GEMMs contract: inputs of the second of a pair, outputs of the first, tokens everywhere."""
         tp, anywhere = self.parallel.tp.group, self.parallel.sequence
         within, tokens = AmaxGroups(tensor=anywhere), AmaxGroups(self.parallel.cp.group, anywhere)
         split = AmaxGroups(tp, anywhere)
-        return Cut(forward=split if second else within, dgrad=within if second else split, wgrad=tokens)
+        place = {"rank": tp.rank(), "ranks": tp.size()} if tp is not None else {}
+        return Cut(forward=split if second else within, dgrad=within if second else split, wgrad=tokens, along_out=not second, **place)
 
     def forward(
         self,
@@ -146,6 +170,7 @@ class Transformer(nn.Module):
         doc_ids_BT: torch.Tensor,
         labels_BT: torch.Tensor | None = None,
         loss_weight_BT: torch.Tensor | None = None,
+        index_BT: torch.Tensor | None = None,
     ) -> Any:
         """A stage that is not the last gives hidden states [B, T, D].
 
@@ -154,6 +179,7 @@ class Transformer(nn.Module):
 
         Args:
             x: token ids [B, T], or what the stage before gave.
+            index_BT: int64, a number for each token that is the same under every split; needed by recipes that round by chance.
         """
         mask = self.attend.mask(doc_ids_BT, positions_BT)
         cos, sin = rotary_table(positions_BT, self.config.head_dim, self.config.rope_theta)
@@ -164,7 +190,7 @@ class Transformer(nn.Module):
             if torch.is_autocast_enabled(x.device.type):  # the residual stream is in the dtype of the products that are added to it
                 x = x.to(torch.get_autocast_dtype(x.device.type))
         for name, block in self.layers.items():
-            x = self._run(block, int(name), x, cos, sin, mask, valid_BT, self.attend)
+            x = self._run(block, int(name), x, cos, sin, mask, valid_BT, self.attend, index_BT if self.draws else None)
         if self.norm is None:
             return x
         x_BTD = self.parallel.tp.enter(self.norm(x))

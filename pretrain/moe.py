@@ -9,6 +9,7 @@ E experts, k choices.
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from regrowth.kernels.linear import Cut, LowPrecisionLinear, low_precision_linear
-from regrowth.kernels.recipe import LinearPrecision
+from regrowth.kernels.gemm import Cut, Site
+from regrowth.kernels.linear import LowPrecisionLinear, low_precision_linear
+from regrowth.kernels.recipe import HIGH
 from regrowth.parallel.expert_parallel import run_on_experts
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.model_parallel import ModelParallel
@@ -106,25 +108,27 @@ class Experts(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(config.experts, config.expert_width, width))
         self.w_up = nn.Parameter(torch.empty(config.experts, config.expert_width, width))
         self.w_down = nn.Parameter(torch.empty(config.experts, width, config.expert_width))
-        self.kind, self.precision = "ffn", LinearPrecision()
+        self.kind, self.precision, self.site = "ffn", HIGH, Site()
         self.cut, self.cut_down = Cut(), Cut()  # of the first matrices and of the second
+        self.ep_rank = 0
 
-    def forward(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Rows sorted by expert, `counts[e]` for expert e (of those that this rank holds)."""
-        hidden = functional.silu(self._grouped(rows_ND, self.w_gate, counts, self.cut)) * self._grouped(
-            rows_ND, self.w_up, counts, self.cut
-        )
-        return self._grouped(hidden, self.w_down, counts, self.cut_down)
+    def forward(self, rows_ND: torch.Tensor, counts: list[int], index_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows sorted by expert, `counts[e]` for expert e (of those that this rank holds); `index_N` numbers their tokens where rounding is by chance."""
+        gate, up = (self._grouped(rows_ND, name, counts, self.cut, index_N) for name in ("w_gate", "w_up"))
+        return self._grouped(functional.silu(gate) * up, "w_down", counts, self.cut_down, index_N)
 
-    def _grouped(self, rows: torch.Tensor, weight: torch.Tensor, counts: list[int], cut: Cut) -> torch.Tensor:
+    def _grouped(self, rows: torch.Tensor, name: str, counts: list[int], cut: Cut, index_N: torch.Tensor | None) -> torch.Tensor:
+        weight: torch.Tensor = getattr(self, name)
         if rows.is_cuda and self.precision.is_high and torch.is_autocast_enabled("cuda"):
             ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
             return torch._grouped_mm(rows.bfloat16(), weight.bfloat16().transpose(1, 2), offs=ends)
-        parts = []
-        for part, matrix in zip(rows.split(counts), weight.unbind(0), strict=True):
-            parts.append(
-                functional.linear(part, matrix) if self.precision.is_high else low_precision_linear(part, matrix, self.precision, cut)
-            )
+        if self.precision.is_high:
+            return torch.cat([functional.linear(part, matrix) for part, matrix in zip(rows.split(counts), weight.unbind(0), strict=True)])
+        indices = [None] * len(counts) if index_N is None else index_N.split(counts)
+        first, parts = self.ep_rank * len(weight), []
+        for expert, (part, matrix, index) in enumerate(zip(rows.split(counts), weight.unbind(0), indices, strict=True), first):
+            site = replace(self.site, name=f"{self.site.name}.{name}", part=expert, tokens=index)
+            parts.append(low_precision_linear(part, matrix, self.precision, cut, site))
         return torch.cat(parts)
 
 
@@ -140,11 +144,12 @@ class MoE(nn.Module):
         self.shared = SwiGLU(config.width, self.config.shared_width) if self.config.shared_width else None
         self.parallel = ModelParallel()
 
-    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; with tp this rank's part of a sum over its ranks."""
+    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor, index_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]; with tp this rank's part of a sum over its ranks. `index_BT` numbers the tokens where rounding is by chance."""
         chosen_BTk, weights_BTk = self.router(x_BTD, valid_BT)
         rows = x_BTD[:, :, None].expand(*chosen_BTk.shape, -1).reshape(-1, x_BTD.shape[-1])
-        out = run_on_experts(rows, chosen_BTk.flatten(), self.config.experts, self.experts, self.parallel.ep)
+        index_N = None if index_BT is None else index_BT[..., None].expand_as(chosen_BTk).flatten()
+        out = run_on_experts(rows, chosen_BTk.flatten(), self.config.experts, self.experts, self.parallel.ep, index_N)
         mixed = (out.view(*chosen_BTk.shape, -1) * weights_BTk[..., None].to(out.dtype)).sum(2)
         return mixed if self.shared is None else mixed + self.shared(x_BTD)
 

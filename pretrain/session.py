@@ -17,7 +17,6 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.feed import Feed
 from regrowth.data_pipeline.loader import Loader
 from regrowth.errors import UserError
-from regrowth.kernels.linear import set_precision
 from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.parallel.engine import MicroBatch
 from regrowth.parallel.mesh import Mesh
@@ -84,11 +83,11 @@ class Session:
         parts = [to_tensors(batch.slice(i, min(i + size, len(batch))), self.device) for i in range(0, len(batch), size)]
         return int((batch.doc_ids >= 0).sum()), float(batch.loss_weight.sum()), parts
 
-    def use_precision(self, recipe: PrecisionRecipe) -> None:
-        """Let the linears follow a recipe from now on."""
-        if recipe != self.recipe:
+    def use_precision(self, recipe: PrecisionRecipe, step: int) -> None:
+        """Let the linears follow a recipe from now on; what is drawn is drawn for this step."""
+        if recipe != self.recipe or recipe.draws:
             for module in self.engine.modules:
-                set_precision(module, recipe.attention, recipe.ffn)
+                module.follow(recipe, self.config.run.seed, step)  # pyright: ignore[reportCallIssue]
             self.recipe = recipe
 
     def state(self, step: int, guard: dict[str, Any] | None = None) -> CheckpointState:

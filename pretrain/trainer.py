@@ -148,7 +148,7 @@ class Trainer:
         began = time.perf_counter()
         session, engine, config = self.session, self.session.engine, self.config
         recipe = self.recipe.at(step, config.run.steps)
-        session.use_precision(recipe)
+        session.use_precision(recipe, step)
         if recipe.name != self.told_recipe:
             self.records.event("precision", step=step, recipe=recipe.name)
             self.told_recipe = recipe.name

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional
 
 from regrowth.kernels.linear import set_precision
-from regrowth.kernels.recipe import RECIPES
 from regrowth.parallel.expert_parallel import run_on_experts
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.plan import ParallelPlan
@@ -17,6 +16,7 @@ from regrowth.pretrain.initialise import initialise
 from regrowth.pretrain.model import Transformer
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
 from regrowth.pretrain.moe import MoE, balance, router_rows
+from regrowth.pretrain.precision import load_recipe
 
 SMALL: dict[str, Any] = {
     "vocabulary": 97,
@@ -183,7 +183,7 @@ def test_the_bias_moves_loads_together() -> None:
 def test_rows_of_no_expert_come_back_as_zeros_and_nothing_is_computed_for_them() -> None:
     seen = []
 
-    def run(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def run(rows: torch.Tensor, counts: list[int], index: torch.Tensor | None) -> torch.Tensor:
         seen.append(counts)
         return rows * torch.repeat_interleave(torch.tensor([1.0, 10.0, 100.0]), torch.tensor(counts))[:, None]
 
@@ -213,7 +213,7 @@ def test_parameters_and_flops_count_all_experts_and_those_a_token_passes() -> No
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp4_paper"])
 def test_experts_without_a_token_stand_in_no_recipes_way(recipe: str) -> None:
     moe = moe_of(experts=6, top_k=1)
-    set_precision(moe, RECIPES[recipe].attention, RECIPES[recipe].ffn)
+    set_precision(moe, load_recipe(recipe), layers=1)
     x = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(4))
     moe(x, torch.ones(1, 2, dtype=torch.bool)).sum().backward()
     assert moe.experts.w_up.grad is not None and torch.isfinite(moe.experts.w_up.grad).all()

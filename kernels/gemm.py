@@ -1,0 +1,140 @@
+"""One application of a low-precision linear: which slice of which weight it is, at which step, and its operands rounded as a recipe says."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from regrowth.kernels.delayed import AmaxHistory
+from regrowth.kernels.formats import FORMATS, Format
+from regrowth.kernels.hadamard import hadamard, inverse_hadamard, random_signs
+from regrowth.kernels.quantize import AmaxGroups, Quantizer
+from regrowth.kernels.random import random_bits, random_key
+from regrowth.kernels.recipe import GemmPrecision, LinearPrecision
+
+Gemm = Literal["forward", "dgrad", "wgrad"]
+Side = Literal["a", "b"]
+_WHOLE = AmaxGroups()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a linear is split over ranks: which ranks cut the dim that each of the three GEMMs contracts, and which slice of the weight is here."""
+
+    forward: AmaxGroups = _WHOLE
+    dgrad: AmaxGroups = _WHOLE
+    wgrad: AmaxGroups = _WHOLE
+    rank: int = 0
+    ranks: int = 1
+    along_out: bool = True  # which dim of the weight [out, in] is cut
+
+
+@dataclass
+class Site:
+    """Which linear this is, and when: what chance depends on, and where scales are remembered."""
+
+    name: str = ""
+    part: int = 0  # which matrix of a stack
+    seed: int = 0
+    step: int = 0
+    tokens: torch.Tensor | None = (
+        None  # int64, one number per row of the input that is the same under every split; needed where a recipe draws
+    )
+    history: AmaxHistory | None = None
+
+    def now(self) -> "Site":
+        """As it is at this call: the backward pass comes when the next one has begun."""
+        return replace(self)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """An operand as a GEMM takes it: transformed and rounded; and where it was not clipped, if that was asked for."""
+
+    value: torch.Tensor
+    kept: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One application of a linear."""
+
+    precision: LinearPrecision
+    cut: Cut = Cut()
+    site: Site = field(default_factory=Site)
+    training: bool = True
+
+    def operand(
+        self, gemm: Gemm, side: Side, x: torch.Tensor, of: Literal["x", "dy", "w"], transposed: bool = False, mask: bool = False
+    ) -> Rounded:
+        """An operand of a GEMM, rounded; the dim that is contracted is the last of x.
+
+        Args:
+            of: what it is: the input [rows, in], the output's gradient [rows, out], the weight [out, in].
+            transposed: whether x is the transpose of that.
+            mask: whether `kept` is wanted.
+        """
+        entry: GemmPrecision = getattr(self.precision, gemm)
+        quantizer: Quantizer = getattr(entry, side)
+        if entry.is_high:
+            return Rounded(x)
+        if transposed:
+            x = x.contiguous()
+        if entry.hadamard:
+            x = hadamard(x, entry.hadamard, self._signs(gemm, x.device))
+        if quantizer.format is None:
+            return Rounded(x)
+        groups: AmaxGroups = getattr(self.cut, gemm)
+        random = self._random(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
+        amax = None
+        if quantizer.scale == "delayed" and self.site.history is not None:
+            current = replace(quantizer, margin=0).scales(x, groups) * FORMATS[quantizer.format].max
+            amax = self.site.history.amax(self.site.name, f"{gemm}.{side}", current, self.training)
+        if not mask:
+            return Rounded(quantizer.emulate(x, groups, random, amax))
+        values, scale = quantizer.quantize(x, groups, random, amax)
+        return Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
+
+    def untransform(self, gemm: Gemm, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of an operand from that of the transformed one."""
+        entry: GemmPrecision = getattr(self.precision, gemm)
+        return inverse_hadamard(gradient, entry.hadamard, self._signs(gemm, gradient.device)) if entry.hadamard else gradient
+
+    def _signs(self, gemm: Gemm, device: torch.device) -> torch.Tensor | None:
+        entry: GemmPrecision = getattr(self.precision, gemm)
+        if entry.signs == "none":
+            return None
+        site = self.site
+        random = (site.seed, "signs", site.step, f"{site.name}.{site.part} {gemm}") if entry.signs == "random" else (0, "signs", 0, "")
+        return random_signs(entry.hadamard, random_key(*random), device)
+
+    def _random(self, gemm: Gemm, side: Side, x: torch.Tensor, of: str, transposed: bool) -> torch.Tensor:
+        """Random bits by the place that a value has in the whole operand."""
+        site = self.site
+        key = random_key(site.seed, "rounding", site.step, f"{site.name}.{site.part} {gemm}.{side}")
+        shape = x.shape[::-1] if transposed else (x.numel() // x.shape[-1] if x.numel() else 0, x.shape[-1])
+        rows, columns = torch.arange(shape[0], device=x.device), torch.arange(shape[1], device=x.device)
+        cut_out, cut_in = (self.cut.along_out, not self.cut.along_out) if self.cut.ranks > 1 else (False, False)
+        if of == "w":
+            rows = rows + (self.cut.rank * shape[0] if cut_out else 0)
+        elif site.tokens is not None:
+            rows = site.tokens.flatten()
+        cut_columns = cut_out if of == "dy" else cut_in
+        whole = shape[1] * (self.cut.ranks if cut_columns else 1)
+        columns = columns + (self.cut.rank * shape[1] if cut_columns else 0)
+        bits = random_bits(key, rows[:, None] * whole + columns)
+        return bits.t() if transposed else bits.view(x.shape)
+
+
+def dge_derivative(x: torch.Tensor, format: Format, power: float = 5.0, cap: float = 3.0) -> torch.Tensor:
+    """The derivative of the smooth stand-in for rounding (arXiv 2501.17116, section 3.1): (1 / k) |2 t / d - 1|^(1 / k - 1), where x lies t above the next value of the format
+    towards zero and d below the one beyond it; no more than `cap`.
+
+    Args:
+        x: fp32, any shape, in units of the scale.
+    """
+    magnitude = x.abs().clamp(max=format.max)
+    exponent = torch.frexp(magnitude.clamp_min(2.0**format.min_exponent))[1] - 1
+    step = torch.ldexp(torch.ones_like(magnitude), exponent - format.mantissa_bits)
+    within = torch.remainder(magnitude, step) / step
+    return ((2 * within - 1).abs().pow(1 / power - 1) / power).clamp(max=cap)
