@@ -5,12 +5,12 @@ from typing import Literal
 
 import torch
 
-from regrowth.kernels.delayed import AmaxHistory
 from regrowth.kernels.formats import FORMATS, Format
 from regrowth.kernels.hadamard import hadamard, inverse_hadamard, random_signs
 from regrowth.kernels.quantize import AmaxGroups, Quantizer
 from regrowth.kernels.random import random_bits, random_key
 from regrowth.kernels.recipe import GemmPrecision, LinearPrecision
+from regrowth.kernels.tables import AmaxHistory, RoundingErrors
 
 Gemm = Literal["forward", "dgrad", "wgrad"]
 Side = Literal["a", "b"]
@@ -41,6 +41,7 @@ class Site:
         None  # int64, one number per row of the input that is the same under every split; needed where a recipe draws
     )
     history: AmaxHistory | None = None
+    errors: RoundingErrors | None = None  # where this step's errors are written down
 
     def now(self) -> "Site":
         """As it is at this call: the backward pass comes when the next one has begun."""
@@ -90,10 +91,14 @@ class Call:
         if quantizer.scale == "delayed" and self.site.history is not None:
             current = replace(quantizer, margin=0).scales(x, groups) * FORMATS[quantizer.format].max
             amax = self.site.history.amax(self.site.name, f"{gemm}.{side}", current, self.training)
-        if not mask:
-            return Rounded(quantizer.emulate(x, groups, random, amax))
-        values, scale = quantizer.quantize(x, groups, random, amax)
-        return Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
+        if mask:
+            values, scale = quantizer.quantize(x, groups, random, amax)
+            rounded = Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
+        else:
+            rounded = Rounded(quantizer.emulate(x, groups, random, amax))
+        if self.site.errors is not None and self.training:
+            self.site.errors.add(self.site.name, f"{gemm}.{side}", x, rounded.value)
+        return rounded
 
     def untransform(self, gemm: Gemm, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of an operand from that of the transformed one."""

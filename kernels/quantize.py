@@ -19,7 +19,7 @@ Granularity = Literal["tensor", "row", "block", "tile"]
 # the MX standard, under which values up to a third above the largest saturate; "ceil", 2^ceil(log2(amax / max)), under which none does. "two_level": E4M3 relative to one fp32
 # scale of the whole tensor, amax / (448 max) (NVFP4, arXiv 2509.25149), never below E4M3's smallest number. "rms": the power of two at or below the scale that is best for normal
 # values of the group's standard deviation, clipped beyond it (QuEST, arXiv 2502.05003; Quartet, arXiv 2505.14669). "delayed": as "full" times 2^margin, from the largest amax of the
-# last `history` steps (`delayed.py`); values beyond it saturate.
+# last `history` steps (`tables.py`); values beyond it saturate.
 Scale = Literal["full", "floor", "ceil", "two_level", "rms", "delayed"]
 Rounding = Literal["nearest", "stochastic"]
 # The largest value of E2M1 stands for so many standard deviations where the squared error of a normal variable is smallest.

@@ -4,6 +4,7 @@ The kinds are `attention` (q, k, v and output projections) and `ffn` (gate, up, 
 the training dtype in every recipe. `configs/precision/*.toml` are the published ones.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -73,6 +74,26 @@ HIGH = LinearPrecision()
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """When a linear that loses too much by rounding goes wide, for the rest of the run: its relative error |Q(x) - x| / |x| is measured every so many steps."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    every: int = 100
+    error: float = math.inf  # the most for activations and weights
+    gradient_error: float = math.inf  # the most for gradients; 0.1 is a signal 20 dB above the noise
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.error <= 0 or self.gradient_error <= 0:
+            raise ValueError("fallback: `every` is at least 1, and limits are above 0")
+
+    def exceeded(self, errors: dict[str, float]) -> bool:
+        """Whether a linear's errors, by operand, are too large."""
+        gradients = ("dgrad.a", "wgrad.a")
+        return any(error > (self.gradient_error if operand in gradients else self.error) for operand, error in errors.items())
+
+
+@dataclass(frozen=True)
 class PrecisionRecipe:
     """What each kind of linear computes in, which stay wide, and when the run returns to full precision."""
 
@@ -86,6 +107,7 @@ class PrecisionRecipe:
     wide: tuple[str, ...] = ()  # further linears that stay wide, as patterns of their names: "layers.3.attn.*", "*.w_down"
     full_precision_last: float = 0.0  # share of the steps, the last, that run in the training dtype (target-precision schedule)
     last_switch: Literal["all", "forward"] = "all"  # what of it goes wide then: everything, or the forward pass alone
+    fallback: Fallback | None = None  # None: errors are not measured
 
     def __post_init__(self) -> None:
         for key, value in (("first_wide", self.first_wide), ("last_wide", self.last_wide)):
@@ -107,6 +129,12 @@ class PrecisionRecipe:
     def is_full(self) -> bool:
         """Whether nothing is rounded."""
         return self.attention.is_high and self.ffn.is_high
+
+    @property
+    def history(self) -> int:
+        """Steps that delayed scales look back on; 0 without them."""
+        gemms = [gemm for kind in (self.attention, self.ffn) for gemm in (kind.forward, kind.dgrad, kind.wgrad)]
+        return max((q.history for gemm in gemms for q in (gemm.a, gemm.b) if q.format and q.scale == "delayed"), default=0)
 
     @property
     def draws(self) -> bool:

@@ -142,6 +142,8 @@ def _spell_event(event: dict[str, Any]) -> str | None:
             )
         case "precision":
             return f"{step}precision {event['recipe']}"
+        case "linear goes wide":
+            return f"{step}{event['linear']} goes wide: its error of rounding is {max(event['errors'].values()):.0%}"
         case "checkpoint refused":
             return f"{event['reason']} Used instead: {event['used']}."
         case "resumed":

@@ -1,14 +1,14 @@
 """The config of a run: one model per room, composed here. `configs/quickstart.toml` shows it filled in."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.mixing.config import Mixing, StaticMixing
 from regrowth.errors import UserError
-from regrowth.kernels.recipe import PrecisionRecipe
+from regrowth.kernels.recipe import FULL, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.growth.event import GrowthEvent
 from regrowth.pretrain.model_config import ModelConfig
@@ -69,6 +69,20 @@ class PrecisionConfig(Settings):
     recipe: str = "full"  # the name of a shipped one, or the path of a TOML file
     custom: Recipe | None = None
     full_precision_last: Annotated[float, Field(ge=0, le=1)] | None = None  # None: the recipe's own
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, values: Any) -> Any:
+        """A file's recipe is taken into the config: the run does not change when the file does."""
+        if isinstance(values, dict) and str(values.get("recipe", "")).endswith(".toml"):
+            if values.get("custom"):
+                raise ValueError("precision.recipe names a file and precision.custom is there too; give one of them")
+            try:
+                recipe = load_recipe(str(values["recipe"]))
+            except UserError as error:
+                raise ValueError(str(error)) from error
+            return {**values, "recipe": FULL.name, "custom": recipe}
+        return values
 
     @field_validator("recipe")
     @classmethod

@@ -54,6 +54,7 @@ MODELS: dict[str, ModelConfig] = {
     "tied": ModelConfig(**_SMALL, tied=True),
     "grouped": ModelConfig(**{**_SMALL, "kv_heads": 2}, tied=False),
     "deep": ModelConfig(**{**_SMALL, "layers": 8}, tied=False),
+    "wide": ModelConfig(**{**_SMALL, "width": 64, "head_dim": 16, "ffn_width": 128}, tied=False),
     "moe": ModelConfig(**_SMALL, tied=False, moe=MoEConfig(**_MOE)),
     "moe_sigmoid": ModelConfig(**_SMALL, tied=True, moe=MoEConfig(**{**_MOE, "gate": "sigmoid", "balance_loss": 0.0, "bias_rate": 1e-3})),
     "moe_many": ModelConfig(**_SMALL, tied=False, moe=MoEConfig(**{**_MOE, "experts": 16, "top_k": 1})),

@@ -114,6 +114,14 @@ CASES: list[Case] = [
     _case("dense", "fp4_paper", tp=2),
     _case("dense", "fp8_rowwise", cp=2),
     _case("moe", "fp4_paper", pp=2),
+    # rounding by chance, transforms, whole-tensor scales, outliers
+    _case("dense", "mxfp4_quartet", dp_shard=2, micro_batch=2, recompute="full"),
+    _case("wide", "mxfp4_quartet", tp=2),
+    _case("dense", "mxfp4_quartet", pp=2, schedule="zbv_zero_bubble"),
+    _case("dense", "nvfp4", tp=2, cp=2),
+    _case("dense", "fp4_dge_occ", tp=2),
+    _case("dense", "fp8_tensorwise", dp_replicate=2, pp=2),
+    _case("dense", "mxfp4_quartet", compile=True),
     # bf16 products over fp32 masters
     _case("dense", dtype="bfloat16", dp_shard=2),
     _case("dense", dtype="bfloat16", cp=2, tp=2),

@@ -19,12 +19,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from regrowth.kernels.cross_entropy import linear_cross_entropy
-from regrowth.kernels.delayed import AmaxHistory
 from regrowth.kernels.gemm import Cut
 from regrowth.kernels.linear import LowPrecisionLinear, low_precision_modules, set_precision
 from regrowth.kernels.pointwise import rms_norm, rotate
 from regrowth.kernels.quantize import AmaxGroups
 from regrowth.kernels.recipe import PrecisionRecipe
+from regrowth.kernels.tables import AmaxHistory, RoundingErrors
 from regrowth.parallel.collectives import gather
 from regrowth.parallel.layout import ParameterSplit
 from regrowth.parallel.model_parallel import ModelParallel
@@ -148,12 +148,14 @@ class Transformer(nn.Module):
                 module.cut, module.cut_down = self._cut(second=False), self._cut(second=True)
                 module.ep_rank = parallel.ep.rank() if parallel.ep is not None else 0
 
-    def follow(self, recipe: PrecisionRecipe, seed: int, step: int, history: AmaxHistory | None = None) -> None:
+    def follow(
+        self, recipe: PrecisionRecipe, seed: int, step: int, history: AmaxHistory | None = None, errors: RoundingErrors | None = None
+    ) -> None:
         """Let the linears compute by a recipe from now on; `seed`, `step` and a linear's name decide what is drawn."""
         set_precision(self, recipe, self.config.layers, seed, step)
         self.draws = recipe.draws
         for module in low_precision_modules(self).values():
-            module.site.history = history
+            module.site.history, module.site.errors = history, errors
 
     def _cut(self, second: bool) -> Cut:
         """Where the ranks cut what a linear's GEMMs contract: inputs of the second of a pair, outputs of the first, tokens everywhere."""

@@ -21,7 +21,7 @@ from regrowth.errors import UserError
 from regrowth.kernels.recipe import FULL, GemmPrecision, PrecisionRecipe
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain.model_config import ModelConfig
-from regrowth.settings import Settings, nearest, read_toml, recipe_folder, validate
+from regrowth.settings import nearest, read_toml, recipe_folder, validate
 
 _FORMATS = ("e2m1", "e4m3", "e5m2")
 
@@ -63,10 +63,6 @@ def _quantizer(name: str, named: dict[str, Any]) -> Any:
 Recipe = Annotated[PrecisionRecipe, BeforeValidator(expand)]
 
 
-class _File(Settings):
-    recipe: Recipe
-
-
 def shipped() -> list[str]:
     """The names of the recipes that come with the package."""
     return sorted(path.stem for path in (recipe_folder() / "precision").glob("*.toml"))
@@ -84,7 +80,10 @@ def load_recipe(name: str) -> PrecisionRecipe:
     path = Path(name) if name.endswith(".toml") else recipe_folder() / "precision" / f"{name}.toml"
     if not name.endswith(".toml") and not path.exists():
         raise UserError(f'precision.recipe = "{name}": no such recipe; {nearest(name, [FULL.name, *shipped()])}')
-    return validate(_File, {"recipe": read_toml(path)}, str(path)).recipe
+    try:
+        return validate(PrecisionRecipe, expand(read_toml(path)), str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def linear_names(model: ModelConfig) -> list[str]:

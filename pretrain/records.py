@@ -68,11 +68,18 @@ class Records:
             "mfu": model_flops_utilization(rate * flops, config, self.device),
             "domain_loss": {domains[int(d)]: x for d, x in decision["losses"].items()},
             "mixture": dict(zip(domains, decision["probabilities"], strict=True)),
-            "precision": session.recipe.name,
+            "precision": session.precision.recipe.name,
             "layers": session.model_config.layers,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         self.metrics.step({**row, "routers": routed} if routed else row, decision)
+
+    def precision(self, step: int, errors: dict[str, dict[str, float]], fallen: list[str]) -> None:
+        """What rounding cost, where it was measured, and the linears that go wide for it."""
+        if errors and self.rank == 0:
+            self.run.log("precision", {"step": step, "errors": errors})
+        for name in fallen:
+            self.event("linear goes wide", step=step, linear=name, errors=errors[name])
 
     def evaluation(self, step: int, scores: dict[str, DomainScore], final: bool, note: str) -> None:
         """A look at held-out text; one that was written before a stop, and is met again on the way from the same checkpoint, is written once."""

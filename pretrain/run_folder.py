@@ -4,6 +4,7 @@ runs/2026-11-21_quickstart/
   config.toml        resolved; the command line and versions in its head     environment.json, code.patch  code, versions, devices
   metrics.jsonl      one row a step                                           evaluations.jsonl
   mixing.jsonl       every draw and what the policy learned from it           events.jsonl  growth, precision, restarts, skipped steps
+  precision.jsonl    errors of rounding, where the recipe measures them
   checkpoints/       logs/rank-0.log ...      export/hf/      report.html
 """
 
@@ -114,7 +115,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget the rows of steps that will be done again; events are history and stay."""
-        for name in ("metrics", "mixing", "evaluations"):
+        for name in ("metrics", "mixing", "evaluations", "precision"):
             path = self.path / f"{name}.jsonl"
             if not path.exists():
                 continue

@@ -17,7 +17,6 @@ from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.feed import Feed
 from regrowth.data_pipeline.loader import Loader
 from regrowth.errors import UserError
-from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.parallel.engine import MicroBatch
 from regrowth.parallel.mesh import Mesh
 from regrowth.pretrain.build import build_engine
@@ -26,6 +25,7 @@ from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.ramp import ramp_of
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.loss import to_tensors
+from regrowth.pretrain.precision_state import PrecisionState
 
 
 class Session:
@@ -60,10 +60,11 @@ class Session:
             self.loader.check_enough()
         self.engine = build_engine(config, self.model_config, mesh)
         self.feed = Feed(self.loader, self.engine.data_rank, self.engine.data_ranks, self._micro_batches, config.run.steps)
-        self.recipe = PrecisionRecipe(name="unset")
+        self.precision = PrecisionState(config.precision.build(), self.model_config, config.run.seed, self.device)
         if checkpoint and state:
             if not begins:
                 self.loader.load_state_dict(state.loader)
+                self.precision.load_state_dict(self.trainer_state.get("precision", {}))
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.loaded(int(state.trainer["optimizer_steps"]))
@@ -83,16 +84,11 @@ class Session:
         parts = [to_tensors(batch.slice(i, min(i + size, len(batch))), self.device) for i in range(0, len(batch), size)]
         return int((batch.doc_ids >= 0).sum()), float(batch.loss_weight.sum()), parts
 
-    def use_precision(self, recipe: PrecisionRecipe, step: int) -> None:
-        """Let the linears follow a recipe from now on; what is drawn is drawn for this step."""
-        if recipe != self.recipe or recipe.draws:
-            for module in self.engine.modules:
-                module.follow(recipe, self.config.run.seed, step)  # pyright: ignore[reportCallIssue]
-            self.recipe = recipe
-
     def state(self, step: int, guard: dict[str, Any] | None = None) -> CheckpointState:
         """What a checkpoint of this moment says besides its tensors."""
         trainer: dict[str, Any] = {"step": step, "optimizer_steps": self.engine.optimizer_steps, "guard": guard or {}}
+        if precision := self.precision.state_dict():
+            trainer["precision"] = precision
         return CheckpointState(self.model_config, self.lineage, self.loader.state_dict(step), trainer)
 
 

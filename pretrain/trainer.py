@@ -54,7 +54,6 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.run, self.plan, self.corpus = run, PlanKeeper(run, config, device, rank), corpus
         self.device, self.rank, self.asked_to_stop, self.heart = device, rank, asked_to_stop, heart
-        self.recipe = config.precision.build()
         self.records = Records(run, corpus, device, rank)
         self.guard = StepGuard(config.safety, max([0, *(2 * event.at_plateau.window for event in config.growth if event.at_plateau)]))
         self.stragglers = Stragglers(config.supervision, device)
@@ -147,8 +146,7 @@ class Trainer:
         """
         began = time.perf_counter()
         session, engine, config = self.session, self.session.engine, self.config
-        recipe = self.recipe.at(step, config.run.steps)
-        session.use_precision(recipe, step)
+        recipe = session.precision.begin_step(engine.modules, step, config.run.steps)
         if recipe.name != self.told_recipe:
             self.records.event("precision", step=step, recipe=recipe.name)
             self.told_recipe = recipe.name
@@ -170,6 +168,8 @@ class Trainer:
         # An outlier of a loss makes no update, whatever its gradient.
         limit = self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
         norm = engine.step(lr, config.optimizer.clip, limit)
+        errors, fallen = session.precision.end_step(step)
+        self.records.precision(step, errors, fallen)
         if session.ramp:
             session.ramp.add(step, engine)
         updated = norm < math.inf and norm <= limit

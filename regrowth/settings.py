@@ -6,15 +6,16 @@ checked at load, and `section.key=value` overrides go through the same checks as
 
 import tomllib
 import types
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from regrowth.errors import UserError, nearest
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
 
 
 class Settings(BaseModel):
@@ -142,17 +143,17 @@ def load(model: type[Model], path: Path, overrides: list[str] | None = None) -> 
 
 
 def validate(model: type[Model], values: Any, origin: str) -> Model:
-    """Validate plain data against a config model; faults become one UserError that names `origin` and each key."""
+    """Validate plain data against a config model or a dataclass; faults become one UserError that names `origin` and each key."""
     try:
-        return model.model_validate(values)
+        return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
         lines = [_letter(model, values, fault, origin) for fault in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from error
 
 
-def _letter(model: type[BaseModel], values: Any, fault: ErrorDetails, origin: str) -> str:
+def _letter(model: type, values: Any, fault: ErrorDetails, origin: str) -> str:
     where = _config_key(values, fault["loc"])
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(model, values, fault["loc"][:-1])
         return f'{origin}: unknown key "{where}"; {nearest(str(fault["loc"][-1]), known)}'
     if fault["type"] == "missing":
@@ -184,20 +185,27 @@ def _config_key(values: Any, loc: tuple[int | str, ...]) -> str:
     return ".".join(parts)
 
 
-def _known_keys(model: type[BaseModel], values: Any, loc: tuple[int | str, ...]) -> set[str]:
+def _known_keys(model: type, values: Any, loc: tuple[int | str, ...]) -> set[str]:
     """The keys allowed at `loc`: of the model there, or of all models a union allows there."""
-    here: list[type[BaseModel]] = [model]
+    here: list[type] = [model]
     for part in loc:
         if isinstance(part, int):
             continue
-        below = [inner for m in here if part in m.model_fields for inner in _models_in(m.model_fields[part].annotation)]
-        tagged = [m for m in here if any(part in get_args(f.annotation) for f in m.model_fields.values())]
+        below = [inner for m in here if part in _fields(m) for inner in _models_in(_fields(m)[part])]
+        tagged = [m for m in here if any(part in get_args(annotation) for annotation in _fields(m).values())]
         here = below or tagged or here
-    return {name for m in here for name in m.model_fields}
+    return {name for m in here for name in _fields(m)}
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _fields(model: type) -> dict[str, Any]:
+    """Names and annotations of a config model's keys, or of a dataclass's."""
+    if issubclass(model, BaseModel):
+        return {name: field.annotation for name, field in model.model_fields.items()}
+    return get_type_hints(model)
+
+
+def _models_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
         return [annotation]
     if get_origin(annotation) in (Union, types.UnionType, list, dict, tuple, Annotated):
         return [found for inner in get_args(annotation) for found in _models_in(inner)]

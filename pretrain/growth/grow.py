@@ -67,7 +67,8 @@ def grow_checkpoint(
         sizes = {key: [getattr(shapes[0], key), getattr(shapes[-1], key)] for key in ("layers", "width", "parameters")}
         source_model = {"source": state.model.model_dump(mode="json")} if plan.operators[-1].op == "random_pad" else {}  # for its ramp
         lineage = state.lineage.grown(identity, {**plan.describe(), **sizes, **source_model})
-        trainer = {**state.trainer, "guard": {}}  # losses of the smaller model are no measure for the larger one
+        # Losses of the smaller model are no measure for the larger one, and its layers are others: scales and errors begin anew.
+        trainer = {**state.trainer, "guard": {}, "precision": {}}
         grown = CheckpointState(shapes[-1], lineage, state.loader, trainer)
         ranks.first(lambda: _finish(partial, target, grown))
     return grown

@@ -38,7 +38,7 @@ def write_report(run: RunFolder, corpus: Corpus | None, prediction: Prediction |
         name=run.path.name,
         subtitle=_subtitle(config, metrics, run),
         cards=_cards(metrics, evaluations, baseline, lineage),
-        charts=[chart.svg() for chart in _charts(metrics, evaluations, events)],
+        charts=[chart.svg() for chart in _charts(run, metrics, evaluations, events)],
         domains=_domains(evaluations, baseline, lineage.tokens_by_domain if lineage else {}, corpus),
         funnel=_funnel(corpus) if corpus else [],
         events=[_event(event) for event in events if event["event"] != "checkpoint"],
@@ -103,11 +103,11 @@ def _uptime(metrics: Rows, events: Rows) -> list[dict[str, str]]:
     return [*rows, {"what": "failures", "seconds": str(told.failures), "share": ""}]
 
 
-def _charts(metrics: Rows, evaluations: Rows, events: Rows) -> list[Chart]:
+def _charts(run: RunFolder, metrics: Rows, evaluations: Rows, events: Rows) -> list[Chart]:
     marks = [
         (float(e["step"]), _short(e))
         for e in events
-        if e["event"] in ("growth", "precision", "failed", "resumed", "skipped step") and e.get("step")
+        if e["event"] in ("growth", "precision", "failed", "resumed", "skipped step", "linear goes wide") and e.get("step")
     ]
     seen: set[tuple[float, str]] = set()
     marks = [m for m in marks if not (m in seen or seen.add(m))][:12]
@@ -137,7 +137,20 @@ def _charts(metrics: Rows, evaluations: Rows, events: Rows) -> list[Chart]:
     ]
     if any(r.get("mfu") for r in metrics):
         charts.append(Chart("Model FLOPs utilisation (full attention)", "share of peak", {"MFU": column("mfu")}, marks, from_zero=True))
+    if rounding := run.rows("precision"):
+        charts.append(_rounding(rounding, marks))
     return charts
+
+
+def _rounding(rows: Rows, marks: list[tuple[float, str]]) -> Chart:
+    """The largest error of rounding over all linears, by operand."""
+    worst: dict[str, Points] = {}
+    for row in rows:
+        for operand in dict.fromkeys(op for errors in row["errors"].values() for op in errors):
+            error = max(errors.get(operand, 0.0) for errors in row["errors"].values())
+            worst.setdefault(operand, []).append((row["step"], error))
+    return Chart("Error of rounding, the worst linear's", "|Q(x) - x| / |x|", worst, marks, from_zero=True, dots=True,
+                 note="By product and operand: a is the activation or the gradient, b the weight or what the gradient multiplies.")  # fmt: skip
 
 
 def _short(event: dict[str, Any]) -> str:
@@ -145,6 +158,8 @@ def _short(event: dict[str, Any]) -> str:
         return f"{event['op']}: {event['layers'][0]} → {event['layers'][1]} layers"
     if event["event"] == "precision":
         return f"precision: {event['recipe']}"
+    if event["event"] == "linear goes wide":
+        return f"{event['linear']} goes wide"
     return event["event"]
 
 

@@ -63,7 +63,7 @@ def test_the_rms_rule_takes_the_power_of_two_at_or_below_the_best_scale() -> Non
     assert (Quantizer("e2m1", "block", 32, "rms").emulate(torch.zeros(1, 32)) == 0).all()
     for wrong in ({"granularity": "row"}, {"format": "e4m3", "granularity": "block"}):
         with pytest.raises(ValueError, match='scale = "rms" is defined for'):
-            Quantizer(**{"format": "e2m1", "scale": "rms", **wrong})
+            Quantizer(**{"format": "e2m1", "scale": "rms", **wrong})  # type: ignore[arg-type]
 
 
 def heavy_tailed() -> torch.Tensor:

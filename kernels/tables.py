@@ -1,6 +1,6 @@
-"""Delayed scaling: the largest values of each operand over the last steps, from which the next step's scales are taken.
+"""What is kept of every operand of every linear, on all ranks alike: the largest values of the last steps, for delayed scaling, and the error of rounding.
 
-All micro-batches of a step have the scales of the steps before, and what they see is the largest over all ranks: so scales are the same under every split.
+A rank fills in what it computes; at the end of a step the ranks' parts are joined in one exchange. So scales, and what is decided by errors, are the same under every split.
 """
 
 import math
@@ -14,7 +14,7 @@ OPERANDS = ("forward.a", "forward.b", "dgrad.a", "dgrad.b", "wgrad.a", "wgrad.b"
 
 
 class AmaxHistory:
-    """Of all linears of a model, on every rank alike.
+    """Delayed scaling: all micro-batches of a step have the scales of the steps before.
 
     Args:
         names: all linears of the whole model, in one order on all ranks.
@@ -71,3 +71,32 @@ class AmaxHistory:
                     raise ValueError(f"the history of scales of {name}, {operand}, is not one")
                 kept = torch.tensor(past[:length], dtype=torch.float32)
                 self._past[self._row[name], OPERANDS.index(operand), : len(kept)] = kept
+
+
+class RoundingErrors:
+    """The error of rounding, over all of a step's micro-batches and ranks.
+
+    Args:
+        names: as of `AmaxHistory`.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self._row = {name: row for row, name in enumerate(names)}
+        self._sums = torch.zeros(len(names), len(OPERANDS), 2, dtype=torch.float64, device=device)
+
+    def add(self, name: str, operand: str, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+        """An operand before and after it was rounded."""
+        sums = torch.stack(((rounded - exact).double().square().sum(), exact.double().square().sum()))
+        self._sums[self._row[name], OPERANDS.index(operand)] += sums
+
+    def collect(self) -> dict[str, dict[str, float]]:
+        """The relative error |Q(x) - x| / |x| by linear and operand, of those that were rounded; collective, and what was added is forgotten."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._sums)
+        found = {}
+        for name, row in self._row.items():
+            sums = zip(OPERANDS, self._sums[row].tolist(), strict=True)
+            if errors := {operand: math.sqrt(noise / signal) for operand, (noise, signal) in sums if signal > 0}:
+                found[name] = errors
+        self._sums.zero_()
+        return found
