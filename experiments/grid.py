@@ -121,7 +121,10 @@ class Grid:
             run = next((run for run in self.folders(name, seed) if run.finished), None)
             if run is not None:
                 curve = {str(row["step"]): {d: round(s["loss"], 5) for d, s in row["domains"].items()} for row in run.rows("evaluations")}
-                stored[f"{name}-{seed}"] = {"config": self._hash(name, seed), "curve": curve}
+                seconds = round(
+                    float(np.median([row["seconds"] for row in run.rows("metrics")])), 4
+                )  # of a step, whatever else the machine did
+                stored[f"{name}-{seed}"] = {"config": self._hash(name, seed), "curve": curve, "seconds": seconds}
         if stored != before:
             write_json(self.results, stored)
         hashes = {f"{name}-{seed}": self._hash(name, seed) for name, seed in wanted}

@@ -52,6 +52,8 @@ def test_the_commands_of_a_page_run(
     for block in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL):
         if "[[stages]]" in block:
             (tmp_path / "chain.toml").write_text(block)
+        if "[linears]" in block:
+            (tmp_path / "mine.toml").write_text(block)
     monkeypatch.chdir(tmp_path)
     ran = 0
     for words in commands(page):
@@ -103,8 +105,10 @@ def test_every_benchmark_prints_its_ratios_in_its_short_form(program: Path) -> N
 def test_the_examples_of_config_in_the_docs_are_valid() -> None:
     import tomllib
 
+    from regrowth.kernels.recipe import PrecisionRecipe
     from regrowth.launch.pipeline_config import PipelineConfig
     from regrowth.pretrain.config import RunConfig
+    from regrowth.pretrain.precision import expand
     from regrowth.settings import merge, read_toml, validate
 
     base = read_toml(ROOT / "configs/quickstart.toml")
@@ -113,5 +117,7 @@ def test_the_examples_of_config_in_the_docs_are_valid() -> None:
             values = tomllib.loads(block)
             if "stages" in values:
                 validate(PipelineConfig, values, page.name)
+            elif "linears" in values:
+                validate(PrecisionRecipe, expand(values), page.name)
             else:
                 validate(RunConfig, merge(base, values), page.name)
