@@ -1,5 +1,6 @@
 """Recipes in runs: files and their faults, scales and fallen linears that survive a stop, and the same draws under every split."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.files import read_json
+from regrowth.parallel.plan import ParallelPlan
+from regrowth.pretrain import conformance
 from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.config import load_config
+from regrowth.pretrain.conformance import Setting
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
 from regrowth.pretrain.precision import linear_names, load_recipe, shipped
 from regrowth.pretrain.report.build import write_report
@@ -152,3 +156,17 @@ def test_the_forward_pass_alone_may_go_wide_at_the_end(corpus: Corpus, tmp_path:
     run = run_of(corpus, tmp_path, ranks, precision=precision)
     told = [(e["step"], e["recipe"]) for e in run.rows("events") if e["event"] == "precision"]
     assert told == [(0, "nvfp4"), (6, "nvfp4, forward full")]
+
+
+def test_experts_draw_by_token_wherever_they_are_computed(tmp_path: Path, ranks: Ranks) -> None:
+    (tmp_path / "chance.toml").write_text(
+        '[quantizers]\nq = { format = "e2m1", rounding = "stochastic" }\n[linears]\nforward = { a = "q", b = "q" }\ndgrad = { a = "q", b = "q" }'
+    )
+    setting = Setting("moe", recipe=str(tmp_path / "chance.toml"), steps=2)
+    alone = conformance.train(setting)
+    plan = ParallelPlan(dp_shard=2, ep=2, micro_batch=4)
+    split = ranks(2).run(conformance.train, replace(setting, parallel=plan))[0]
+    assert_allclose(split.losses, alone.losses, rtol=1e-5)
+    assert max(((split.gradients[n] - g).norm() / g.norm().clamp_min(1e-9)).item() for n, g in alone.gradients.items()) < 1e-3
+    drawn_otherwise = conformance.train(replace(setting, run=setting.run.model_copy(update={"seed": 7})))
+    assert abs(drawn_otherwise.losses[0] - alone.losses[0]) > 1e-4 * alone.losses[0]
