@@ -1,6 +1,6 @@
 """One application of a low-precision linear: which slice of which weight it is, at which step, and its operands rounded as a recipe says."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,11 @@ class Site:
     history: AmaxHistory | None = None
     errors: RoundingErrors | None = None  # where this step's errors are written down
 
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is written down here."""
+        return self.history is not None or self.errors is not None
+
     def now(self) -> "Site":
         """As it is at this call: the backward pass comes when the next one has begun."""
         return replace(self)
@@ -62,7 +67,7 @@ class Call:
 
     precision: LinearPrecision
     cut: Cut = Cut()
-    site: Site = field(default_factory=Site)
+    site: Site | None = None  # None where the recipe neither draws nor remembers
     training: bool = True
 
     def operand(
@@ -86,18 +91,19 @@ class Call:
         if quantizer.format is None:
             return Rounded(x)
         groups: AmaxGroups = getattr(self.cut, gemm)
+        site = self.site
         random = self._random(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
         amax = None
-        if quantizer.scale == "delayed" and self.site.history is not None:
+        if quantizer.scale == "delayed" and site is not None and site.history is not None:
             current = replace(quantizer, margin=0).scales(x, groups) * FORMATS[quantizer.format].max
-            amax = self.site.history.amax(self.site.name, f"{gemm}.{side}", current, self.training)
+            amax = site.history.amax(site.name, f"{gemm}.{side}", current, self.training)
         if mask:
             values, scale = quantizer.quantize(x, groups, random, amax)
             rounded = Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
         else:
             rounded = Rounded(quantizer.emulate(x, groups, random, amax))
-        if self.site.errors is not None and self.training:
-            self.site.errors.add(self.site.name, f"{gemm}.{side}", x, rounded.value)
+        if site is not None and site.errors is not None and self.training:
+            site.errors.add(site.name, f"{gemm}.{side}", x, rounded.value)
         return rounded
 
     def untransform(self, gemm: Gemm, gradient: torch.Tensor) -> torch.Tensor:
@@ -109,13 +115,15 @@ class Call:
         entry: GemmPrecision = getattr(self.precision, gemm)
         if entry.signs == "none":
             return None
-        site = self.site
-        random = (site.seed, "signs", site.step, f"{site.name}.{site.part} {gemm}") if entry.signs == "random" else (0, "signs", 0, "")
+        if entry.signs == "fixed":
+            return random_signs(entry.hadamard, random_key(0, "signs"), device)
+        site = self.site or Site()
+        random = (site.seed, "signs", site.step, f"{site.name}.{site.part} {gemm}")
         return random_signs(entry.hadamard, random_key(*random), device)
 
     def _random(self, gemm: Gemm, side: Side, x: torch.Tensor, of: str, transposed: bool) -> torch.Tensor:
         """Random bits by the place that a value has in the whole operand."""
-        site = self.site
+        site = self.site or Site()
         key = random_key(site.seed, "rounding", site.step, f"{site.name}.{site.part} {gemm}.{side}")
         shape = x.shape[::-1] if transposed else (x.numel() // x.shape[-1] if x.numel() else 0, x.shape[-1])
         rows, columns = torch.arange(shape[0], device=x.device), torch.arange(shape[1], device=x.device)

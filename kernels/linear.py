@@ -36,14 +36,23 @@ def low_precision_linear(
     x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut | None = None, site: Site | None = None
 ) -> torch.Tensor:
     """x [..., in] times weight [out, in] under a recipe's entry; differentiable in both."""
-    call = Call(precision, cut or Cut(), (site or Site()).now(), torch.is_grad_enabled())
-    trust = precision.estimator == "trust"
+    if site is None or not (precision.draws or site.remembers):
+        return _apply(x, weight, Call(precision, cut or Cut()))
+    # What is drawn is another at every step, and what is remembered is every linear's own: compiled into a block, they would have each block compiled at every step.
+    return _apply_as_it_is(x, weight, Call(precision, cut or Cut(), site.now(), torch.is_grad_enabled()))
+
+
+def _apply(x: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
+    trust = call.precision.estimator == "trust"
     with torch.no_grad():
         a = call.operand("forward", "a", x, "x", mask=trust)
         b = call.operand("forward", "b", weight, "w", mask=trust)
     product = _InputGemm.apply(x, weight.detach(), a, b, call)
     weight_path = _WeightGemm.apply(weight, x.detach(), a, b, call)
     return _Join.apply(product, weight_path)
+
+
+_apply_as_it_is = torch.compiler.disable(_apply)
 
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
