@@ -4,6 +4,7 @@ Rounding to nearest even is done in fp32 without a table: adding 1.5 * 2^23 * st
 to even, where `step` is the format's spacing at the value's binade. Exact for every fp32 input, denormals of the format included.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +125,13 @@ SCALE_BIAS, SCALE_NAN = 127, 255  # of E8M0: powers of two without a sign, and a
 
 
 @torch.no_grad()
-def encode_power(scales: torch.Tensor, up: bool = False) -> torch.Tensor:
-    """E8M0 codes (uint8) of fp32 scales: the power of two at or below each, with `up` at or above it, within 2^-127 and 2^127. NaN, infinities and values below 0
-    have the code of NaN."""
+def encode_power(scales: torch.Tensor, up: bool = False, over: float = 1.0) -> torch.Tensor:
+    """E8M0 codes (uint8) of fp32 `scales` / `over`: the power of two at or below each, with `up` at or above it, within 2^-127 and 2^127. NaN, infinities and values
+    below 0 have the code of NaN. The quotient is not taken: it may be so small that fp32 rounds it, and up to a power of two that it is below."""
     mantissa, exponent = torch.frexp(scales.float())  # mantissa in [0.5, 1)
-    exponent = exponent - 1 + (up & (mantissa > 0.5)).to(exponent.dtype)
+    over_mantissa, over_exponent = math.frexp(over)
+    step = (mantissa > over_mantissa).int() if up else -(mantissa < over_mantissa).int()
+    exponent = exponent - over_exponent + step
     exponent = torch.where(scales == 0, -SCALE_BIAS, exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
     return torch.where(scales.isfinite() & (scales >= 0), exponent + SCALE_BIAS, SCALE_NAN).to(torch.uint8)
 

@@ -113,9 +113,9 @@ class Quantizer:
             return scale.where((amax != 0) | whole.isnan() | whole.isinf(), 1.0)
         if self.scale == "floor":
             largest_power = 2.0 ** (int(most).bit_length() - 1)
-            scale = decode_power(encode_power(amax / largest_power))
+            scale = decode_power(encode_power(amax, over=largest_power))
         else:
-            scale = decode_power(encode_power(amax / most, up=True))
+            scale = decode_power(encode_power(amax, up=True, over=most))
         return scale.where(amax != 0, 1.0)
 
     def quantize(
