@@ -5,6 +5,7 @@ to even, where `step` is the format's spacing at the value's binade. Exact for e
 """
 
 import math
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +28,47 @@ E5M2 = Format("e5m2", mantissa_bits=2, min_exponent=-14, max=57344.0, bits=8)
 FORMATS = {f.name: f for f in (E2M1, E4M3, E5M2)}
 
 _EXPONENT_BITS = 0x7F800000
+_PIECE = 1 << 16  # values a thread
 
 
 @torch.no_grad()
 def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
     """Round fp32 values to the nearest value of `format`, ties to even, saturating; a new fp32 tensor of x's shape."""
     x = x.float()
-    # NaN survives clamp; the sign of zero survives copysign.
-    clamped = x.clamp(-format.max, format.max)
-    magnitude = clamped.abs().clamp_min_(2.0**format.min_exponent)
-    binade = magnitude.view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
-    magic = binade.mul_(1.5 * 2.0 ** (23 - format.mantissa_bits))
-    rounded = clamped.add_(magic).sub_(magic)
-    return torch.copysign(rounded, x, out=rounded)
+    out = torch.empty_like(x)
+    for part, to in zip(_pieces(x), _pieces(out), strict=True):
+        _round(part, format, to)
+    return out
+
+
+@torch.no_grad()
+def divide_and_round(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
+    """`round_to(x / scale, format)`, for an fp32 scale that is one number or has as many dims as x."""
+    x = x.float()
+    out = torch.empty_like(x)
+    parts = _pieces(x)
+    scales = scale.split(len(parts[0])) if scale.dim() and len(scale) > 1 else [scale] * len(parts)
+    for part, by, to in zip(parts, scales, _pieces(out), strict=True):
+        _round(torch.div(part, by, out=to), format, to)
+    return out
+
+
+def _pieces(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x cut along its first dim, so that passes that follow each other find a piece in the cache of a core; whole where that is no gain."""
+    size = _PIECE * torch.get_num_threads()
+    if x.device.type != "cpu" or x.numel() <= size or torch.compiler.is_compiling():
+        return (x,)
+    return x.split(max(1, size * len(x) // x.numel()))
+
+
+def _round(x: torch.Tensor, format: Format, out: torch.Tensor) -> torch.Tensor:
+    """Into `out`, which may be x."""
+    largest_power = 2.0 ** math.floor(math.log2(format.max))
+    binade = x.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32).clamp_(2.0**format.min_exponent, largest_power)
+    magic = 1.5 * 2.0 ** (23 - format.mantissa_bits)  # times the binade: exact
+    rounded = torch.add(x, binade, alpha=magic).sub_(binade, alpha=magic).clamp_(-format.max, format.max)
+    # NaN survives the sum and clamp; the sign of zero survives copysign.
+    return torch.copysign(rounded, x, out=out)
 
 
 @torch.no_grad()
@@ -128,17 +157,17 @@ SCALE_BIAS, SCALE_NAN = 127, 255  # of E8M0: powers of two without a sign, and a
 def encode_power(scales: torch.Tensor, up: bool = False, over: float = 1.0) -> torch.Tensor:
     """E8M0 codes (uint8) of fp32 `scales` / `over`: the power of two at or below each, with `up` at or above it, within 2^-127 and 2^127. NaN, infinities and values
     below 0 have the code of NaN. The quotient is not taken: it may be so small that fp32 rounds it, and up to a power of two that it is below."""
-    mantissa, exponent = torch.frexp(scales.float())  # mantissa in [0.5, 1)
-    over_mantissa, over_exponent = math.frexp(over)
-    step = (mantissa > over_mantissa).int() if up else -(mantissa < over_mantissa).int()
-    exponent = exponent - over_exponent + step
-    exponent = torch.where(scales == 0, -SCALE_BIAS, exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
-    return torch.where(scales.isfinite() & (scales >= 0), exponent + SCALE_BIAS, SCALE_NAN).to(torch.uint8)
+    scales = scales.float()
+    # Bits of floats, as integers, are their logarithms to base two but for the bend within a binade; so the difference's whole part is the power.
+    over_bits = int.from_bytes(struct.pack(">f", over))
+    power = scales.view(torch.int32) - (over_bits - up * (2**23 - 1))
+    codes = power.bitwise_right_shift_(23).add_(SCALE_BIAS).clamp_(0, 2 * SCALE_BIAS)
+    codes = torch.where(scales > over * 2.0**-SCALE_BIAS, codes, 0)  # what fp32 holds as denormals bends otherwise
+    return torch.where((scales >= 0) & (scales < math.inf), codes, SCALE_NAN).to(torch.uint8)
 
 
 @torch.no_grad()
 def decode_power(codes: torch.Tensor) -> torch.Tensor:
     """The fp32 powers of two of E8M0 codes (uint8)."""
-    return torch.where(
-        codes == SCALE_NAN, torch.nan, torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes.to(torch.int32) - SCALE_BIAS)
-    )
+    bits = codes.to(torch.int32).bitwise_left_shift(23).clamp_min_(1 << 22)  # 2^-127 is a denormal
+    return torch.where(codes == SCALE_NAN, torch.nan, bits.view(torch.float32))

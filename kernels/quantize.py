@@ -80,9 +80,9 @@ class Quantizer:
         if self.scale == "rms" and dims is not None:
             return self._rms_scale(grouped.float().var(dim=dims, correction=0, keepdim=True).sqrt())
         if dims is None:
-            amax = grouped.abs().amax() if grouped.numel() else grouped.new_zeros(())
+            amax = _largest(grouped) if grouped.numel() else grouped.new_zeros(())
         elif grouped.numel():
-            amax = grouped.abs().amax(dim=dims, keepdim=True)
+            amax = _largest(grouped, dims, keepdim=True)
         else:  # an expert without tokens: its ranks' slices may have some
             amax = grouped.new_zeros((*grouped.shape[:-1], 1))
         _reduce(amax, None if groups is None else {"tensor": groups.tensor, "row": groups.row}.get(self.granularity))
@@ -134,13 +134,16 @@ class Quantizer:
         Raises:
             ValueError: a block or a tile does not divide its dims; stochastic rounding without random bits.
         """
-        from regrowth.kernels.formats import FORMATS, round_stochastic, round_to
+        from regrowth.kernels.formats import FORMATS, divide_and_round, round_stochastic, round_to
 
         assert self.format is not None
         scale, format = self.scales(x, groups, amax), FORMATS[self.format]
-        scaled = _grouped(x.float(), self) / scale
+        grouped = _grouped(x.float(), self)
+        if self.rounding == "nearest" and self.shrink == 1.0:
+            return divide_and_round(grouped, scale, format).reshape(x.shape), scale
+        scaled = grouped / scale
         if self.shrink != 1.0:
-            scaled = scaled * self.shrink
+            scaled.mul_(self.shrink)
         if self.rounding == "nearest":
             return round_to(scaled, format).reshape(x.shape), scale
         if random is None:
@@ -179,6 +182,12 @@ class Quantizer:
 
         assert self.format is not None
         return (_grouped(x, self).abs() < scale * FORMATS[self.format].max).reshape(x.shape)
+
+
+def _largest(x: "torch.Tensor", dims: int | tuple[int, ...] = (), keepdim: bool = False) -> "torch.Tensor":
+    """The largest magnitude; two reductions and no tensor of magnitudes between."""
+    least = x.amin(dims, keepdim)
+    return x.amax(dims, keepdim).maximum(least.neg_()).abs_()  # the sign of zero and NaN
 
 
 def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:
