@@ -64,7 +64,8 @@ def _bytes_per_value(config: RunConfig) -> int:
 def _sizes(config: RunConfig, small: ModelConfig, large: ModelConfig, machine: Cluster) -> Table:
     length, table = config.loader.sequence_length, Table("", "now", "grown")
     before, after = (
-        predict(shape, config.parallel, machine, config.loader.global_batch, length, _bytes_per_value(config)) for shape in (small, large)
+        predict(shape, config.parallel, machine, config.loader.global_batch, length, _bytes_per_value(config), config.precision.build())
+        for shape in (small, large)
     )
     for what, values in (
         ("parameters", [f"{shape.parameters:,}" for shape in (small, large)]),
@@ -118,7 +119,16 @@ def _sunk(lineage: Lineage | None, small: ModelConfig, large: ModelConfig, lengt
 def _new_plan(config: RunConfig, large: ModelConfig, machine: Cluster, ranks: int) -> list[str]:
     count = ranks or config.parallel.world_size
     loader = config.loader
-    found = best_plan(large, config.parallel, count, machine, loader.global_batch, loader.sequence_length, _bytes_per_value(config))
+    found = best_plan(
+        large,
+        config.parallel,
+        count,
+        machine,
+        loader.global_batch,
+        loader.sequence_length,
+        _bytes_per_value(config),
+        config.precision.build(),
+    )
     if found is None:
         return [f"No plan of {count} ranks of {machine.name} can run the grown model; try more with --ranks."]
     chosen, predicted = found

@@ -75,7 +75,7 @@ def machine_of(name: str) -> "Cluster":
 
 def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     from regrowth.parallel.plan import AXES
-    from regrowth.parallel.planner import predict
+    from regrowth.parallel.planner import pass_times, predict
 
     machine = machine_of(cluster)
     plan, model = config.parallel, config.model
@@ -86,11 +86,20 @@ def _print_plan(config: "RunConfig", cluster: str, console: Console) -> None:
     console.print(f"{plan.world_size} ranks: {axes(plan)}{f', ep {plan.ep}' if plan.ep > 1 else ''}, micro-batch {plan.micro_batch} x "
                   f"{config.loader.sequence_length} tokens, recompute {plan.recompute}; on {machine.name} ({machine.device})", soft_wrap=True)  # fmt: skip
     shapes = [("step 0", model, plan), *_grown(config)]
+    recipe = config.precision.build()
+    if machine.speed:
+        faster = ", ".join(f"{format} {times:g} x" for format, times in machine.speed.model_dump().items())
+        gain = 1 / pass_times(model, recipe, machine, config.loader.sequence_length).step
+        console.print(
+            f"products of a step under {recipe.name} are taken to be {gain:.2f} x as fast ([speed] of {machine.name}: {faster})",
+            markup=False,
+            soft_wrap=True,
+        )
     table = Table("", *(f"{start}: {shape.layers} layers, width {shape.width}" for start, shape, _ in shapes))
     rows: dict[str, list[str]] = {}
     length = config.loader.sequence_length
     for _, shape, plan in shapes:
-        p = predict(shape, plan, machine, config.loader.global_batch, length, 4 if config.run.dtype == "float32" else 2)
+        p = predict(shape, plan, machine, config.loader.global_batch, length, 4 if config.run.dtype == "float32" else 2, recipe)
         room = f"of {p.capacity_bytes / 2**20:,.0f} MiB" if p.fits else f"does not fit {p.capacity_bytes / 2**20:,.0f} MiB"
         for name, value in (
             *([("ranks", f"{plan.world_size}: {axes(plan)}")] if any(event.parallel for event in config.growth) else []),

@@ -201,5 +201,7 @@ def make_report(run: "RunFolder") -> Path:
     checkpoints = list_checkpoints(run.path)
     model = read_state(checkpoints[-1]).model if checkpoints else config.model
     cluster = load_cluster(clusters()["laptop" if config.run.dtype == "float32" else "h100_node"])
-    prediction = predict(model, run.plan(config), cluster, config.loader.global_batch, config.loader.sequence_length)
+    prediction = predict(
+        model, run.plan(config), cluster, config.loader.global_batch, config.loader.sequence_length, recipe=config.precision.build()
+    )
     return write_report(run, corpus, prediction)

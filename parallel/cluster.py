@@ -31,6 +31,14 @@ class SlurmDefaults(Settings):
         return self
 
 
+class Speed(Settings):
+    """Times the rate of the training dtype at which linears run whose operands are of a format. Only what kernels really reach belongs here."""
+
+    e2m1: Positive = 1.0
+    e4m3: Positive = 1.0
+    e5m2: Positive = 1.0
+
+
 class Cluster(Settings):
     """A machine."""
 
@@ -42,6 +50,7 @@ class Cluster(Settings):
     efficiency: Annotated[float, Field(gt=0, le=1)]  # share of that which a training step reaches
     link_gbytes_per_second: Positive  # within a node, each way, per device
     network_gbytes_per_second: Positive  # between nodes, each way, per device
+    speed: Speed | None = None  # None: narrow formats are no faster
     slurm: SlurmDefaults = SlurmDefaults()
 
 

@@ -2,31 +2,26 @@
 
 Memory: weights, gradients and two moments in fp32 (16 bytes a parameter, divided over all ranks that split or shard them), and activations after
 Korthikanti et al. 2022 (arXiv 2205.05198, table 2) without the attention matrix, times the micro-batches that a pipeline's first stage holds.
-Time: matrix FLOPs over the machine's sustained rate with the pipeline's bubble, plus what gradients, shards and activations move over the link.
+Time: matrix FLOPs over the machine's sustained rate with the pipeline's bubble, plus what gradients, shards and activations move over the link. A precision
+recipe makes linears as much faster as the machine's description says of its formats (`[speed]`), and no faster if it says nothing.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
+from regrowth.kernels.cost import DecoderSize, PassTimes, flop_shares, recipe_times
+from regrowth.kernels.recipe import FULL, PrecisionRecipe
 from regrowth.parallel.cluster import Cluster
 from regrowth.parallel.plan import ParallelPlan
 
 
-class ModelSize(Protocol):
+class ModelSize(DecoderSize, Protocol):
     """What the planner needs to know of a model."""
 
-    vocabulary: int
-    width: int
-    layers: int
     ffn_width: int
 
     @property
-    def kv_width(self) -> int: ...
-
-    @property
     def parameters(self) -> int: ...
-
-    def train_flops_per_token(self, sequence_length: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -55,13 +50,25 @@ class Prediction:
         return self.memory_bytes <= self.capacity_bytes
 
 
+def pass_times(model: DecoderSize, recipe: PrecisionRecipe, cluster: Cluster, sequence_length: int) -> PassTimes:
+    """Times of the three passes under a recipe, while it is in force in all blocks, relative to those in the training dtype."""
+    return recipe_times(recipe, flop_shares(model, sequence_length), cluster.speed.model_dump() if cluster.speed else {})
+
+
 def predict(
-    model: ModelSize, plan: ParallelPlan, cluster: Cluster, global_batch: int, sequence_length: int, bytes_per_value: int = 4
+    model: ModelSize,
+    plan: ParallelPlan,
+    cluster: Cluster,
+    global_batch: int,
+    sequence_length: int,
+    bytes_per_value: int = 4,
+    recipe: PrecisionRecipe = FULL,
 ) -> Prediction:
     """The prediction for one plan.
 
     Args:
         bytes_per_value: of activations: 4 for fp32, 2 for bf16.
+        recipe: what linears compute in; matters where `cluster.speed` is given.
     """
     layers = max(model.layers, 1)
     slices = plan.tp * plan.pp  # of the weights, before FSDP shards them
@@ -84,8 +91,8 @@ def predict(
     activations += 3 * 2.0**24 + 4.0 * model.width * (tokens + model.vocabulary / plan.tp * heads)
     compute = global_batch * sequence_length * model.train_flops_per_token(sequence_length) / plan.world_size
     compute /= cluster.sustained_tflops * 1e12 * cluster.efficiency
-    if plan.recompute == "full":
-        compute *= 1 + 1 / (3 * plan.recompute_every)
+    times = pass_times(model, recipe, cluster, sequence_length)
+    compute *= times.step + (times.forward / (3 * plan.recompute_every) if plan.recompute == "full" else 0)
     if plan.pp > 1:
         compute *= 1 + (plan.pp - 1) / (plan.held_stages * micro_steps)  # the bubble of 1F1B, interleaved over the stages of a rank
     link = cluster.link_gbytes_per_second if plan.world_size <= cluster.devices_per_node else cluster.network_gbytes_per_second

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from regrowth.kernels.recipe import FULL, PrecisionRecipe
 from regrowth.parallel.cluster import Cluster
 from regrowth.parallel.plan import AXES, ModelDims, ParallelPlan, factorings
 from regrowth.parallel.planner import ModelSize, Prediction, predict
@@ -12,7 +13,14 @@ class Model(ModelDims, ModelSize, Protocol):
 
 
 def best_plan(
-    model: Model, like: ParallelPlan, ranks: int, cluster: Cluster, global_batch: int, sequence_length: int, bytes_per_value: int
+    model: Model,
+    like: ParallelPlan,
+    ranks: int,
+    cluster: Cluster,
+    global_batch: int,
+    sequence_length: int,
+    bytes_per_value: int,
+    recipe: PrecisionRecipe = FULL,
 ) -> tuple[ParallelPlan, Prediction] | None:
     """The fastest plan that fits the memory, or None; of equals the one nearest to `like`, whose other settings are kept.
 
@@ -37,7 +45,7 @@ def best_plan(
                 except ValueError:
                     micro //= 2
                     continue
-                prediction = predict(model, plan, cluster, global_batch, sequence_length, bytes_per_value)
+                prediction = predict(model, plan, cluster, global_batch, sequence_length, bytes_per_value, recipe)
                 far = sum(getattr(plan, key) != getattr(like, key) for key in (*AXES, "micro_batch", "recompute"))
                 if prediction.fits and (best is None or (round(prediction.step_seconds, 9), far) < best[0]):
                     best = (round(prediction.step_seconds, 9), far), plan, prediction
