@@ -36,7 +36,7 @@ def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
     """Round fp32 values to the nearest value of `format`, ties to even, saturating; a new fp32 tensor of x's shape."""
     x = x.float()
     out = torch.empty_like(x)
-    for part, to in zip(_pieces(x), _pieces(out), strict=True):
+    for part, to in zip(pieces(x), pieces(out), strict=True):
         _round(part, format, to)
     return out
 
@@ -46,14 +46,14 @@ def divide_and_round(x: torch.Tensor, scale: torch.Tensor, format: Format) -> to
     """`round_to(x / scale, format)`, for an fp32 scale that is one number or has as many dims as x."""
     x = x.float()
     out = torch.empty_like(x)
-    parts = _pieces(x)
+    parts = pieces(x)
     scales = scale.split(len(parts[0])) if scale.dim() and len(scale) > 1 else [scale] * len(parts)
-    for part, by, to in zip(parts, scales, _pieces(out), strict=True):
+    for part, by, to in zip(parts, scales, pieces(out), strict=True):
         _round(torch.div(part, by, out=to), format, to)
     return out
 
 
-def _pieces(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pieces(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """x cut along its first dim, so that passes that follow each other find a piece in the cache of a core; whole where that is no gain."""
     size = _PIECE * torch.get_num_threads()
     if x.device.type != "cpu" or x.numel() <= size or torch.compiler.is_compiling():
@@ -82,6 +82,13 @@ def round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> t
         random: int64 of x's shape, of which the low bits are used (`random_bits`).
     """
     x = x.float()
+    out = torch.empty_like(x)
+    for part, bits, to in zip(pieces(x), pieces(random), pieces(out), strict=True):
+        to.copy_(_round_stochastic(part, format, bits))
+    return out
+
+
+def _round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> torch.Tensor:
     smallest = 2.0**format.min_exponent
     magnitude = x.abs().clamp(max=format.max)
     # Below the smallest normal number the spacing is that of its binade, into which adding it moves a value.

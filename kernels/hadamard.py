@@ -3,6 +3,8 @@ the product of the plain ones."""
 
 import torch
 
+from regrowth.kernels.formats import pieces
+
 SIZES = (16, 32, 64, 128)
 
 
@@ -23,6 +25,13 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
     if not x.numel():
         return x.float()
     blocks = x.float().reshape(-1, size)
+    out = torch.empty_like(blocks)
+    for part, to in zip(pieces(blocks), pieces(out), strict=True):
+        to.copy_(_butterflies(part, size, signs))
+    return out.view(x.shape)
+
+
+def _butterflies(blocks: torch.Tensor, size: int, signs: torch.Tensor | None) -> torch.Tensor:
     if signs is not None:
         blocks = blocks * signs
     stride = 1
@@ -31,7 +40,7 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
         first, second = pairs.unbind(2)
         blocks = torch.stack((first + second, first - second), dim=2)
         stride *= 2
-    return blocks.reshape(-1, size).mul_(size**-0.5).reshape(x.shape)
+    return blocks.reshape(-1, size).mul_(size**-0.5)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from regrowth.kernels.formats import pieces
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -21,10 +23,13 @@ def random_key(seed: int, purpose: str, step: int = 0, name: str = "") -> int:
 
 def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
     """64 random bits (int64) for each global element index (int64, any shape)."""
-    x = index * _signed(_GOLDEN) + _signed(key)
-    x = (x ^ _shift_right(x, 30)) * _signed(_M1)
-    x = (x ^ _shift_right(x, 27)) * _signed(_M2)
-    return x ^ _shift_right(x, 31)
+    bits = index * _signed(_GOLDEN)
+    for x in pieces(bits):
+        x.add_(_signed(key))
+        x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_M1))
+        x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_M2))
+        x.bitwise_xor_(_shift_right(x, 31))
+    return bits
 
 
 def uniform(key: int, index: torch.Tensor) -> torch.Tensor:
@@ -50,4 +55,4 @@ def _signed(value: int) -> int:
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift of int64 (torch's is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
