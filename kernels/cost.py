@@ -77,11 +77,13 @@ def linear_times(precision: LinearPrecision, speed: Mapping[str, float]) -> Pass
     return PassTimes(gemm_time(precision.forward, speed), gemm_time(precision.dgrad, speed), gemm_time(precision.wgrad, speed))
 
 
-def recipe_times(recipe: PrecisionRecipe, shares: FlopShares, speed: Mapping[str, float]) -> PassTimes:
-    """The three passes of a whole model while the recipe is in force in all of its blocks."""
+def recipe_times(recipe: PrecisionRecipe, shares: FlopShares, speed: Mapping[str, float], layers: int) -> PassTimes:
+    """The three passes of a whole model of so many layers while the recipe is in force; its first and last wide blocks count, the patterns of `recipe.wide` do not."""
     attention, ffn = linear_times(recipe.attention, speed), linear_times(recipe.ffn, speed)
+    wide_blocks = sum(recipe.in_wide_block(layer, layers) for layer in range(layers)) / layers
 
     def of(a: float, f: float) -> float:
-        return shares.attention * a + shares.ffn * f + shares.wide
+        narrow = shares.attention * a + shares.ffn * f
+        return shares.wide + (1 - wide_blocks) * narrow + wide_blocks * (shares.attention + shares.ffn)
 
     return PassTimes(of(attention.forward, ffn.forward), of(attention.dgrad, ffn.dgrad), of(attention.wgrad, ffn.wgrad))

@@ -141,11 +141,15 @@ class PrecisionRecipe:
         """Whether chance has a part in it."""
         return self.attention.draws or self.ffn.draws
 
+    def in_wide_block(self, layer: int, layers: int) -> bool:
+        """Whether a layer of so many is among the first or the last ones that stay wide."""
+        first, last = (round(n * layers) if isinstance(n, float) else n for n in (self.first_wide, self.last_wide))
+        return not first <= layer < layers - last
+
     def of(self, name: str, kind: str, layers: int) -> LinearPrecision:
         """What the linear of a name (`layers.3.ffn.w_up`) computes in, in a model of so many layers."""
-        first, last = (round(n * layers) if isinstance(n, float) else n for n in (self.first_wide, self.last_wide))
         block = re.match(r"layers\.(\d+)\.", name)
-        if block and not first <= int(block[1]) < layers - last:
+        if block and self.in_wide_block(int(block[1]), layers):
             return HIGH
         if any(fnmatchcase(name, pattern) for pattern in self.wide):
             return HIGH

@@ -51,8 +51,8 @@ class Prediction:
 
 
 def pass_times(model: DecoderSize, recipe: PrecisionRecipe, cluster: Cluster, sequence_length: int) -> PassTimes:
-    """Times of the three passes under a recipe, while it is in force in all blocks, relative to those in the training dtype."""
-    return recipe_times(recipe, flop_shares(model, sequence_length), cluster.speed.model_dump() if cluster.speed else {})
+    """Times of the three passes under a recipe, while it is in force, relative to those in the training dtype."""
+    return recipe_times(recipe, flop_shares(model, sequence_length), cluster.speed.model_dump() if cluster.speed else {}, model.layers)
 
 
 def predict(

@@ -1,5 +1,7 @@
 """Costs of recipes are FLOPs over speed, reckoned by hand for small numbers; and the published ordering comes out."""
 
+from dataclasses import replace
+
 import pytest
 
 from regrowth.kernels.cost import SPEED, FlopShares, PassTimes, flop_shares, gemm_time, recipe_times
@@ -36,15 +38,22 @@ def test_shares_are_those_of_a_count_by_hand() -> None:
 
 def test_times_are_those_of_a_count_by_hand() -> None:
     shares = FlopShares(attention=0.25, ffn=0.5, wide=0.25)
-    times = recipe_times(load_recipe("fp4_paper"), shares, SPEED)
+    times = recipe_times(load_recipe("fp4_paper"), shares, SPEED, 32)
     assert times == PassTimes(forward=0.25 / 2 + 0.5 / 4 + 0.25, dgrad=0.25 / 2 + 0.5 / 2 + 0.25, wgrad=0.625)
     assert times.step == pytest.approx((0.5 + 0.625 + 0.625) / 3)
-    assert recipe_times(FULL, shares, SPEED).step == recipe_times(load_recipe("fp4_paper"), shares, {}).step == 1.0
+    assert recipe_times(FULL, shares, SPEED, 32).step == recipe_times(load_recipe("fp4_paper"), shares, {}, 32).step == 1.0
 
 
 def test_the_order_of_the_fp4_papers_cost_table() -> None:
     """arXiv 2502.11458: four bits everywhere, below FP8 attention, FP4 FFN and FP8 backward, below FP8 everywhere, below 16 bit."""
     shares = flop_shares(LLAMA, 2048)
-    ordered = [recipe_times(r, shares, SPEED).step for r in (everywhere(FP4), load_recipe("fp4_paper"), everywhere(FP8), FULL)]
+    ordered = [recipe_times(r, shares, SPEED, 32).step for r in (everywhere(FP4), load_recipe("fp4_paper"), everywhere(FP8), FULL)]
     assert ordered == sorted(ordered) and len(set(ordered)) == 4
     assert ordered[0] == pytest.approx(0.25 + 0.75 * shares.wide), "what stays wide bounds the gain"
+
+
+def test_blocks_that_stay_wide_cost_what_wide_ones_do() -> None:
+    shares = FlopShares(attention=0.3, ffn=0.6, wide=0.1)
+    all_narrow = everywhere(FP4)
+    half = recipe_times(replace(all_narrow, first_wide=2, last_wide=0.25), shares, SPEED, layers=8)
+    assert half.forward == pytest.approx((recipe_times(all_narrow, shares, SPEED, layers=8).forward + 1.0) / 2)

@@ -33,7 +33,7 @@ def of(cluster: Cluster, recipe=FULL, **plan: object) -> Prediction:  # type: ig
 def test_a_recipe_is_faster_only_where_the_machine_says_so(tmp_path: Path) -> None:
     plain, fast = load_cluster(H100), load_cluster(described(tmp_path, "e2m1 = 4.0\ne4m3 = 2\ne5m2 = 2.0"))
     assert plain.speed is None and of(plain, FP4) == of(plain) == of(fast)
-    times = recipe_times(FP4, flop_shares(MODEL, 2048), SPEED)
+    times = recipe_times(FP4, flop_shares(MODEL, 2048), SPEED, MODEL.layers)
     assert of(fast, FP4).compute_seconds == pytest.approx(times.step * of(plain).compute_seconds)
     assert of(fast, FP4, dp_shard=8).communication_seconds == of(plain, dp_shard=8).communication_seconds
     # Recomputation is one more forward pass, which has its own speed.
