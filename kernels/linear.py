@@ -4,7 +4,6 @@ The input gradient and the weight gradient live in separate autograd nodes that 
 that asks for one of them first (zero bubble) neither computes nor rounds anything twice.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def _apply(x: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
     return _Join.apply(product, weight_path)
 
 
-_apply_as_it_is: Callable[..., torch.Tensor] = torch.compiler.disable(_apply)
+_apply_as_it_is: Any = torch.compiler.disable(_apply)
 
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
