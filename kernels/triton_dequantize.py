@@ -1,11 +1,14 @@
 """From codes back to values on a GPU: whole tensors, and the pieces that a GEMM reads."""
 
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# (kernels are in a language that only looks like Python)
+
 import torch
 import triton
 import triton.language as tl
 
 from regrowth.kernels.packed import Packed
-from regrowth.kernels.triton_formats import decode, decode_power
+from regrowth.kernels.triton_formats import decode, decode_power, narrowed
 from regrowth.kernels.triton_tiles import plan_of, scale_matrix
 
 
@@ -61,4 +64,4 @@ def _dequantize_kernel(
     values = values * scale_of(tl.load(scales + place, mask=mask, other=0), whole, PLAN)
     if PLAN.shrink != 1.0:
         values = tl.math.div_rn(values, tl.full(values.shape, PLAN.shrink, tl.float32))
-    tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], values.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], narrowed(values, out.dtype.element_ty), mask=mask)

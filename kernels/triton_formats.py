@@ -4,6 +4,9 @@ All rounding is integer arithmetic on the bits of fp32. Triton's own casts to ei
 and under the interpreter, and there are none that round by chance. Formats and rules are compile-time constants.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# (kernels are in a language that only looks like Python)
+
 import triton
 import triton.language as tl
 
@@ -25,6 +28,27 @@ def bits_of(x):
 def float_of(bits):
     """The fp32 values of bits (int32)."""
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def widened(x):
+    """fp32 of fp32, fp16 or bf16 values, exactly: bf16's bits are the upper half of fp32's, and Triton's interpreter would lose its denormal numbers in a cast."""
+    if x.dtype == tl.bfloat16:
+        return float_of(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """fp32 values rounded to nearest even in DTYPE; for bf16 on the bits, since Triton's interpreter would cut them off."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = bits_of(x)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        even = tl.where((bits & MAGNITUDE) > INFINITY, 0x7FC0, even)
+        return even.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit

@@ -4,6 +4,9 @@ A tensor is read once where groups fit into a tile, and once more before that wh
 The tile's shape changes no bit: autotuning picks it for each size of tensor, on GPUs alone.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# (kernels are in a language that only looks like Python)
+
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -17,6 +20,7 @@ from regrowth.kernels.hadamard import SIZES
 from regrowth.kernels.packed import Packed, check_storable, expected_shapes
 from regrowth.kernels.quantize import AmaxGroups, Quantizer, _reduce
 from regrowth.kernels.random import _signed
+from regrowth.kernels.triton_formats import widened
 from regrowth.kernels.triton_tiles import Plan, draw, plan_of, record_amax, scale_matrix, store_quantized, transform
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -216,7 +220,8 @@ def _load(x, stride_m, stride_k, m, k, TILE_M: tl.constexpr, TILE_K: tl.constexp
     row = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     column = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)
     mask = (row < m)[:, None] & (column < k)[None, :]
-    return tl.load(x + row.to(tl.int64)[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
+    place = row.to(tl.int64)[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_k
+    return widened(tl.load(x + place, mask=mask, other=0.0))
 
 
 @triton.jit

@@ -4,6 +4,9 @@ Groups run along the last dim; for an operand whose groups run down the columns 
 operands. Largest values are compared as bits: those of magnitudes are ordered as the magnitudes are, with NaN above infinity, so that no NaN is lost in a maximum.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# (kernels are in a language that only looks like Python)
+
 import math
 from dataclasses import dataclass
 
