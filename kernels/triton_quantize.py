@@ -95,7 +95,7 @@ def quantize_both(
 
 
 @dataclass
-class _Target:
+class Target:
     """One operand on its way: its plan, its buffers, and what else its part of a kernel reads."""
 
     operand: Operand
@@ -110,6 +110,7 @@ class _Target:
         return self.amax if self.operand.signs is None else self.operand.signs
 
     def arguments(self) -> list[Any]:
+        """What `store_quantized`, `transform` and `draw` take."""
         packed, whole = self.packed, self.packed.scales if self.packed.whole is None else self.packed.whole
         return [
             packed.codes,
@@ -129,14 +130,19 @@ def _quantize(
     if x.ndim != 2 or x.dtype not in _DTYPES:
         raise ValueError(f"the Triton kernels quantise matrices of fp32, bf16 or fp16, not {x.dtype} {list(x.shape)}")
     m, k = x.shape
-    by_rows = None if rows is None else _target(rows, (m, k), x.device)
-    by_columns = None if columns is None else _target(columns, (k, m), x.device)
+    by_rows = None if rows is None else target_of(rows, (m, k), x.device)
+    by_columns = None if columns is None else target_of(columns, (k, m), x.device)
     if x.numel():
         _launch(x, by_rows, by_columns, place)
     return by_rows and by_rows.packed, by_columns and by_columns.packed
 
 
-def _target(operand: Operand | Quantizer, shape: tuple[int, int], device: torch.device) -> _Target:
+def target_of(operand: Operand | Quantizer, shape: tuple[int, int], device: torch.device) -> Target:
+    """Buffers for an operand of `shape`, grouped along the last dim; those of an empty one hold what it has.
+
+    Raises:
+        ValueError: as `quantize_rows`.
+    """
     if isinstance(operand, Quantizer):
         operand = Operand(operand)
     quantizer, size = operand.quantizer, operand.hadamard
@@ -155,16 +161,16 @@ def _target(operand: Operand | Quantizer, shape: tuple[int, int], device: torch.
     amax = torch.zeros(group_rows + 1 if plan.needs_amax else 1, dtype=torch.int32, device=device)
     if not math.prod(shape):
         scales.fill_({"full": 1.0, "two_level": 0x38}.get(quantizer.scale, 127))
-    return _Target(operand, plan, Packed(codes, scales, whole, shape, quantizer), amax, group_rows, group_columns)
+    return Target(operand, plan, Packed(codes, scales, whole, shape, quantizer), amax, group_rows, group_columns)
 
 
-def _launch(x: torch.Tensor, rows: _Target | None, columns: _Target | None, place: Place) -> None:
+def _launch(x: torch.Tensor, rows: Target | None, columns: Target | None, place: Place) -> None:
     (m, k), (either, *_) = x.shape, [t for t in (rows, columns) if t is not None]
     # What a kernel without one of the two is handed in its place is never read.
     by_rows, by_columns = rows or either, columns or either
     plans = rows and rows.plan, columns and columns.plan
     if any(plan is not None and plan.needs_amax for plan in plans):
-        tile_m, tile_k = _tile(*plans)
+        tile_m, tile_k = launch_tile(*plans)
         arguments = [a for t in (by_rows, by_columns) for a in (t.amax, t.signs, t.group_rows)]
         _amax_kernel[(triton.cdiv(m, tile_m), triton.cdiv(k, tile_k))](
             x, *x.stride(), m, k, *arguments, *plans, tile_m, tile_k, enable_fp_fusion=False
@@ -177,7 +183,7 @@ def _launch(x: torch.Tensor, rows: _Target | None, columns: _Target | None, plac
     whole_columns = k if place.columns is None else place.columns
     arguments = [x, *x.stride(), m, k, row_index, whole_columns, place.column_offset, *by_rows.arguments(), *by_columns.arguments()]
     if not isinstance(_quantize_kernel, triton.JITFunction):  # interpreted: nothing to tune
-        tile_m, tile_k = _tile(*plans)
+        tile_m, tile_k = launch_tile(*plans)
         _quantize_kernel[(triton.cdiv(m, tile_m), triton.cdiv(k, tile_k))](*arguments, 0, 0, *plans, tile_m, tile_k)
         return
     grid = lambda meta: (triton.cdiv(m, meta["TILE_M"]), triton.cdiv(k, meta["TILE_K"]))  # noqa: E731
@@ -190,7 +196,7 @@ def _least(rows: Plan | None, columns: Plan | None) -> tuple[int, int]:
     return least_m, max(rows.least_columns if rows else 1, columns.least_rows if columns else 1)
 
 
-def _tile(rows: Plan | None, columns: Plan | None) -> tuple[int, int]:
+def launch_tile(rows: Plan | None, columns: Plan | None) -> tuple[int, int]:
     """A launch tile that fits every plan, untuned."""
     least_m, least_k = _least(rows, columns)
     return max(least_m, 32), max(least_k, 64)
