@@ -156,11 +156,16 @@ def target_of(operand: Operand | Quantizer, shape: tuple[int, int], device: torc
     shapes, plan = expected_shapes(shape, quantizer), plan_of(quantizer, size, operand.signs is not None)
     codes = torch.empty(shapes["codes"], dtype=torch.uint8, device=device)
     scales = torch.empty(shapes["scales"], dtype=_SCALE_DTYPES.get(quantizer.scale, torch.uint8), device=device)
-    whole = torch.ones((), device=device) if quantizer.scale == "two_level" else None
+    whole = torch.empty((), device=device) if quantizer.scale == "two_level" else None
     group_rows, group_columns = scale_matrix(shape, quantizer)
-    amax = torch.zeros(group_rows + 1 if plan.needs_amax else 1, dtype=torch.int32, device=device)
+    amax = (
+        torch.zeros(group_rows + 1, dtype=torch.int32, device=device)
+        if plan.needs_amax
+        else torch.empty(1, dtype=torch.int32, device=device)
+    )
     if not math.prod(shape):
         scales.fill_({"full": 1.0, "two_level": 0x38}.get(quantizer.scale, 127))
+        whole = whole if whole is None else whole.fill_(1.0)
     return Target(operand, plan, Packed(codes, scales, whole, shape, quantizer), amax, group_rows, group_columns)
 
 
@@ -179,7 +184,7 @@ def _launch(x: torch.Tensor, rows: Target | None, columns: Target | None, place:
             if target is not None and target.operand.groups is not None:
                 _reduce(target.amax[:-1], target.operand.groups.row if target.plan.granularity == "row" else None)
                 _reduce(target.amax[-1:], target.operand.groups.tensor)
-    row_index = torch.arange(m, device=x.device) if place.row_index is None else place.row_index.to(x.device, torch.int64).contiguous()
+    row_index = None if place.row_index is None else place.row_index.to(x.device, torch.int64).contiguous()
     whole_columns = k if place.columns is None else place.columns
     arguments = [x, *x.stride(), m, k, row_index, whole_columns, place.column_offset, *by_rows.arguments(), *by_columns.arguments()]
     if not isinstance(_quantize_kernel, triton.JITFunction):  # interpreted: nothing to tune
@@ -253,7 +258,10 @@ def _quantize_kernel(
     column0 = tl.program_id(1) * TILE_K
     tile = _load(x, stride_m, stride_k, m, k, TILE_M, TILE_K)
     row = row0 + tl.arange(0, TILE_M)
-    index = tl.load(row_index + row, mask=row < m, other=0)
+    if row_index is None:
+        index = row.to(tl.int64)
+    else:
+        index = tl.load(row_index + row, mask=row < m, other=0)
     column = column_offset + column0 + tl.arange(0, TILE_K)
     if ROWS is not None:
         random = draw(row_key, index, column, whole_columns, ROWS)

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from regrowth.parallel.ranks import RankPool
 from tests.slurm_cluster import SlurmCluster
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton's kernels are compiled or interpreted as this says when their module is imported, its own library's too, and torch's compiler imports that: so it is said here,
+    # before any test's module.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "triton was imported before it could be told to interpret; import it late, or set TRITON_INTERPRET=1"
+    )
+    os.environ["TRITON_INTERPRET"] = "1"
 # A script's background job ignores Ctrl-C, and so would all that it starts; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

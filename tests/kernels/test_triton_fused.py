@@ -81,11 +81,14 @@ def test_transforms_and_chance_go_along() -> None:
 
 
 def test_values_that_are_none_are_loud() -> None:
-    x, quantizer = torch.ones(16, 64), Quantizer("e4m3", "block", 32, "floor")
+    x, quantizer = torch.ones(16, 64, device=DEVICE), Quantizer("e4m3", "block", 32, "floor")
     for bad, plain in itertools.product((math.nan, math.inf), (True, False)):
         spoilt = x.clone()
         spoilt[3, 40] = bad
-        got = (swiglu_quantize(spoilt, x, quantizer) if plain else rms_norm_quantize(spoilt, torch.ones(64), 1e-6, quantizer)).dequantize()
+        packed = (
+            swiglu_quantize(spoilt, x, quantizer) if plain else rms_norm_quantize(spoilt, torch.ones(64, device=DEVICE), 1e-6, quantizer)
+        )
+        got = packed.dequantize()
         assert got[3, 32:].isnan().all() and got[:3].isfinite().all() and got[4:].isfinite().all()
 
 

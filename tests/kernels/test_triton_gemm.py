@@ -14,8 +14,7 @@ pytest.importorskip("triton")
 
 from regrowth.kernels.triton_gemm import scaled_matmul
 from regrowth.kernels.triton_quantize import quantize_columns
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.test_triton_quantize import DEVICE, moved
 
 OPERANDS = {
     "fp8 by rows": (Quantizer("e4m3"), Quantizer("e4m3")),
@@ -34,11 +33,6 @@ def operands(name: str, m: int, n: int, k: int) -> tuple[Packed, Packed]:
     return pack_tensor(a, OPERANDS[name][0]), pack_tensor(b, OPERANDS[name][1])
 
 
-def moved(packed: Packed) -> Packed:
-    whole = None if packed.whole is None else packed.whole.to(DEVICE)
-    return Packed(packed.codes.to(DEVICE), packed.scales.to(DEVICE), whole, packed.shape, packed.quantizer)
-
-
 def test_every_value_of_every_format_is_a_number_of_fp16() -> None:
     """And the product of any two is one of fp32: what the kernel's exactness rests on."""
     every = [decode(torch.arange(1 << format.bits, dtype=torch.uint8), format) for format in FORMATS.values()]
@@ -55,7 +49,7 @@ def test_the_product_is_that_of_the_dequantised_operands(name: str, dtype: torch
     k = 256
     m, n = (40, 128) if "tiles" in name else (40, 48)
     a, b = operands(name, m, n, k)
-    got = scaled_matmul(moved(a), moved(b), dtype).cpu()
+    got = scaled_matmul(moved(a, DEVICE), moved(b, DEVICE), dtype).cpu()
     assert got.dtype == dtype
     wide_a, wide_b = a.dequantize().double(), b.dequantize().double()
     wanted = wide_a @ wide_b.t()
@@ -74,7 +68,7 @@ def test_edges_that_no_tile_divides(m: int, n: int, k: int) -> None:
         a, b = (
             pack_tensor((torch.arange(rows * k).view(rows, k) * 7 % 13 - 6).float(), q) for rows, q in zip((m, n), quantizers, strict=True)
         )
-        got = scaled_matmul(moved(a), moved(b), torch.float32).cpu()
+        got = scaled_matmul(moved(a, DEVICE), moved(b, DEVICE), torch.float32).cpu()
         torch.testing.assert_close(got, a.dequantize() @ b.dequantize().t(), rtol=1e-5, atol=1e-4)
 
 
@@ -83,7 +77,7 @@ def test_small_scales_do_not_vanish_together_and_what_is_no_number_stays_none() 
     x[1] = math.nan
     y = torch.full((4, 32), 2.0**-50)
     for quantizer in (Quantizer("e4m3", "block", 32), Quantizer("e4m3"), Quantizer("e2m1", "block", 16, "floor")):
-        got = scaled_matmul(moved(pack_tensor(x, quantizer)), moved(pack_tensor(y, quantizer)), torch.float32).cpu()
+        got = scaled_matmul(moved(pack_tensor(x, quantizer), DEVICE), moved(pack_tensor(y, quantizer), DEVICE), torch.float32).cpu()
         assert got[1].isnan().all()
         torch.testing.assert_close(got[[0, 2, 3]].double(), torch.full((3, 4), 2.0**-135, dtype=torch.float64), rtol=1e-4, atol=0)
 
