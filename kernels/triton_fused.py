@@ -15,10 +15,8 @@ import triton.language as tl
 from regrowth.kernels.packed import Packed
 from regrowth.kernels.quantize import Quantizer
 from regrowth.kernels.triton_formats import narrowed, widened
-from regrowth.kernels.triton_quantize import Operand, Target, launch_tile, target_of
+from regrowth.kernels.triton_quantize import WIDEST, Operand, Target, launch_tile, row_tile, target_of
 from regrowth.kernels.triton_tiles import draw, store_quantized, transform
-
-_WIDEST = 1 << 15
 
 
 def swiglu_quantize(gate: torch.Tensor, up: torch.Tensor, operand: Operand | Quantizer) -> Packed:
@@ -46,21 +44,20 @@ def rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float, operand
     Raises:
         ValueError: as `swiglu_quantize`; weight is no row of x; K above 32768, which no program holds.
     """
-    target = _target(x, operand)
+    target = _target(x, operand, rows_in_tile=True)
     m, k = x.shape
-    if weight.shape != (k,) or k > _WIDEST:
-        raise ValueError(f"rows of {k} with a weight of shape {list(weight.shape)}: one weight a column, and at most {_WIDEST} columns")
+    if weight.shape != (k,) or k > WIDEST:
+        raise ValueError(f"rows of {k} with a weight of shape {list(weight.shape)}: one weight a column, and at most {WIDEST} columns")
     if x.numel():
-        width = max(triton.next_power_of_2(k), launch_tile(target.plan, None)[1])
-        tile_m = max(target.plan.least_rows, 4096 // width, 1)
+        tile_m, width = row_tile(target.plan, k)
         _rms_norm_kernel[(triton.cdiv(m, tile_m),)](x.contiguous(), weight.float().contiguous(), m, k, eps, *target.arguments(), target.plan, tile_m, width, num_warps=8, enable_fp_fusion=False)  # fmt: skip
     return target.packed
 
 
-def _target(x: torch.Tensor, operand: Operand | Quantizer) -> Target:
+def _target(x: torch.Tensor, operand: Operand | Quantizer, rows_in_tile: bool = False) -> Target:
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the Triton kernels take matrices of fp32, bf16 or fp16, not {x.dtype} {list(x.shape)}")
-    target = target_of(operand, (x.shape[0], x.shape[1]), x.device)
+    target = target_of(operand, (x.shape[0], x.shape[1]), x.device, rows_in_tile)
     if target.plan.needs_amax:
         raise ValueError('fused kernels see a tile alone: they need granularity = "block" or "tile" and a scale other than "two_level"')
     return target

@@ -1,6 +1,7 @@
 """Quantisation on a GPU, bit for bit as `packed.pack_tensor` does it: by rows, by columns (stored transposed, ready as a GEMM operand), or both in one pass.
 
-A tensor is read once where groups fit into a tile, and once more before that where a scale needs what no tile holds: rows as groups, one scale for the tensor, two levels.
+A tensor is read once where groups fit into a tile (whole rows do, where columns are not asked for too), and once more before that where a scale needs what no tile holds:
+rows beside columns, one scale for the tensor, two levels.
 The tile's shape changes no bit: autotuning picks it for each size of tensor, on GPUs alone.
 """
 
@@ -130,15 +131,15 @@ def _quantize(
     if x.ndim != 2 or x.dtype not in _DTYPES:
         raise ValueError(f"the Triton kernels quantise matrices of fp32, bf16 or fp16, not {x.dtype} {list(x.shape)}")
     m, k = x.shape
-    by_rows = None if rows is None else target_of(rows, (m, k), x.device)
+    by_rows = None if rows is None else target_of(rows, (m, k), x.device, rows_in_tile=columns is None and k <= WIDEST)
     by_columns = None if columns is None else target_of(columns, (k, m), x.device)
     if x.numel():
         _launch(x, by_rows, by_columns, place)
     return by_rows and by_rows.packed, by_columns and by_columns.packed
 
 
-def target_of(operand: Operand | Quantizer, shape: tuple[int, int], device: torch.device) -> Target:
-    """Buffers for an operand of `shape`, grouped along the last dim; those of an empty one hold what it has.
+def target_of(operand: Operand | Quantizer, shape: tuple[int, int], device: torch.device, rows_in_tile: bool = False) -> Target:
+    """Buffers for an operand of `shape`, grouped along the last dim; those of an empty one hold what it has. `rows_in_tile`: launch tiles will be as wide as it.
 
     Raises:
         ValueError: as `quantize_rows`.
@@ -154,6 +155,8 @@ def target_of(operand: Operand | Quantizer, shape: tuple[int, int], device: torc
     if operand.signs is not None:
         operand = replace(operand, signs=operand.signs.to(device, torch.float32).contiguous())
     shapes, plan = expected_shapes(shape, quantizer), plan_of(quantizer, size, operand.signs is not None)
+    if rows_in_tile and quantizer.granularity == "row" and operand.groups is None:
+        plan = replace(plan, rows_in_tile=True)
     codes = torch.empty(shapes["codes"], dtype=torch.uint8, device=device)
     scales = torch.empty(shapes["scales"], dtype=_SCALE_DTYPES.get(quantizer.scale, torch.uint8), device=device)
     whole = torch.empty((), device=device) if quantizer.scale == "two_level" else None
@@ -187,9 +190,11 @@ def _launch(x: torch.Tensor, rows: Target | None, columns: Target | None, place:
     row_index = None if place.row_index is None else place.row_index.to(x.device, torch.int64).contiguous()
     whole_columns = k if place.columns is None else place.columns
     arguments = [x, *x.stride(), m, k, row_index, whole_columns, place.column_offset, *by_rows.arguments(), *by_columns.arguments()]
-    if not isinstance(_quantize_kernel, triton.JITFunction):  # interpreted: nothing to tune
-        tile_m, tile_k = launch_tile(*plans)
-        _quantize_kernel[(triton.cdiv(m, tile_m), triton.cdiv(k, tile_k))](*arguments, 0, 0, *plans, tile_m, tile_k)
+    wide = rows is not None and rows.plan.rows_in_tile and rows.plan
+    if wide or not isinstance(_quantize_kernel, triton.JITFunction):  # one tile alone fits, or interpreted: nothing to tune
+        tile_m, tile_k = row_tile(wide, k) if wide else launch_tile(*plans)
+        grid = (triton.cdiv(m, tile_m), triton.cdiv(k, tile_k))
+        _quantize_kernel[grid](*arguments, 0, 0, *plans, tile_m, tile_k, num_warps=8, enable_fp_fusion=False)
         return
     grid = lambda meta: (triton.cdiv(m, meta["TILE_M"]), triton.cdiv(k, meta["TILE_K"]))  # noqa: E731
     _tuned()[grid](*arguments, m.bit_length(), k.bit_length(), *plans, enable_fp_fusion=False)
@@ -207,6 +212,13 @@ def launch_tile(rows: Plan | None, columns: Plan | None) -> tuple[int, int]:
     return max(least_m, 32), max(least_k, 64)
 
 
+def row_tile(plan: Plan, k: int) -> tuple[int, int]:
+    """A launch tile as wide as the tensor."""
+    width = max(triton.next_power_of_2(k), launch_tile(plan, None)[1])
+    return max(plan.least_rows, 4096 // width, 1), width
+
+
+WIDEST = 1 << 15  # columns that one program can hold
 _TILES = ((16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8))  # m, k, warps
 
 

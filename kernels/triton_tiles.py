@@ -52,6 +52,7 @@ class Plan:
     signed: bool
     e4m3: Format = E4M3
     e4m3_max_bits: int = 0
+    rows_in_tile: bool = False  # tiles are as wide as the tensor
 
     @property
     def least_columns(self) -> int:
@@ -66,7 +67,7 @@ class Plan:
     @property
     def needs_amax(self) -> bool:
         """Whether a first pass over the tensor has to find the largest values of groups that no tile holds whole."""
-        return self.granularity in ("row", "tensor") or self.scale == "two_level"
+        return self.granularity == "tensor" or self.scale == "two_level" or (self.granularity == "row" and not self.rows_in_tile)
 
 
 def plan_of(quantizer: Quantizer, hadamard: int | None = None, signed: bool = False) -> Plan:
@@ -182,7 +183,7 @@ def store_quantized(x, random, codes, scales, whole, amax, group_rows, group_col
     place = group_row.to(tl.int64)[:, None] * group_columns + group_column[None, :]
     inside = (group_row < group_rows)[:, None] & (group_column < group_columns)[None, :]
 
-    if PLAN.granularity == "row":
+    if PLAN.granularity == "row" and PLAN.needs_amax:
         most = float_of(tl.load(amax + tl.minimum(group_row, group_rows - 1)))[:, None]
     elif PLAN.granularity == "tensor":
         most = float_of(tl.load(amax + group_rows + tl.zeros_like(group_row)))[:, None]

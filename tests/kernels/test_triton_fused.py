@@ -55,7 +55,7 @@ def test_swiglu_is_that_of_the_plain_operators(quantizer: Quantizer, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, Quantizer("e4m3")], ids=str)
 def test_rms_norm_is_that_of_the_plain_operator(quantizer: Quantizer, dtype: torch.dtype) -> None:
     x, weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(0)).to(dtype) * 5, torch.linspace(0.5, 2, 96)
     got = rms_norm_quantize(x.to(DEVICE), weight.to(DEVICE), 1e-6, quantizer)
