@@ -15,7 +15,7 @@ import torch
 from regrowth.errors import UserError
 from regrowth.files import atomic_path
 from regrowth.kernels.formats import E4M3, FORMATS, decode, decode_power, encode, encode_power, pack, round_to, unpack
-from regrowth.kernels.quantize import AmaxGroups, Granularity, Quantizer, Rounding, Scale, _grouped, _reduce
+from regrowth.kernels.quantize import AmaxGroups, Granularity, Quantizer, Rounding, Scale, _grouped, _reduce, over
 
 _KIND = "regrowth.packed.1"
 _DTYPES = {"U8": torch.uint8, "F32": torch.float32}
@@ -44,7 +44,7 @@ class Packed:
 
     def scale_values(self) -> torch.Tensor:
         """The fp32 scales, in the shape of `scales`."""
-        if self.quantizer.scale == "full":
+        if self.quantizer.scale in ("full", "delayed"):
             return self.scales
         if self.whole is not None:
             return decode(self.scales, E4M3) * self.whole
@@ -60,7 +60,7 @@ class Packed:
         if self.quantizer.granularity == "tile":
             scale = scale.unsqueeze(-3)
         values = _grouped(values, self.quantizer).mul_(scale).reshape(self.shape)
-        return values if self.quantizer.shrink == 1.0 else values.div_(self.quantizer.shrink)
+        return values if self.quantizer.shrink == 1.0 else over(values, self.quantizer.shrink)
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def pack_tensor(x: torch.Tensor, quantizer: Quantizer, groups: AmaxGroups | None
     # A NaN's sign and payload differ between devices; of the stored bits no one shall depend on them.
     codes = encode(values.masked_fill(none, torch.nan if format.bits == 8 else 0.0), format)
     whole = None
-    if quantizer.scale == "full":
+    if quantizer.scale in ("full", "delayed"):
         scales = scale.masked_fill(scale.isnan(), torch.nan)
     elif quantizer.scale == "two_level":
         scales, whole = _two_level(x, quantizer, groups)
@@ -139,10 +139,10 @@ def _two_level(x: torch.Tensor, quantizer: Quantizer, groups: AmaxGroups | None)
     _reduce(amax, None if groups is None else {"tensor": groups.tensor, "row": groups.row}.get(quantizer.granularity))
     whole = amax.amax() if amax.numel() else none.clone()
     _reduce(whole, None if groups is None else groups.tensor)
-    whole = whole / (most * E4M3.max)
+    whole = over(whole, most * E4M3.max)
     whole = whole.where(whole != 0, 1.0)
     whole = whole.masked_fill(whole.isnan(), torch.nan)
-    ratio = round_to(amax / most / whole, E4M3).clamp_min(2.0 ** (E4M3.min_exponent - E4M3.mantissa_bits))
+    ratio = round_to(over(amax, most) / whole, E4M3).clamp_min(2.0 ** (E4M3.min_exponent - E4M3.mantissa_bits))
     codes = encode(ratio.masked_fill(ratio.isnan(), torch.nan), E4M3)
     return codes.where((amax != 0) | ~whole.isfinite(), _ONE), whole
 
@@ -186,7 +186,7 @@ def load_packed(path: Path) -> dict[str, Packed]:
         quantizer, shape = _quantizer(path, name, told), tuple(told["shape"])
         try:
             wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-                key: (of, torch.float32 if key == "scales" and quantizer.scale == "full" else torch.uint8)
+                key: (of, torch.float32 if key == "scales" and quantizer.scale in ("full", "delayed") else torch.uint8)
                 for key, of in expected_shapes(shape, quantizer).items()
             }
         except (ValueError, IndexError) as error:

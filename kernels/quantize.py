@@ -78,7 +78,7 @@ class Quantizer:
             return self._scale_of(amax, groups)
         grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
         if self.scale == "rms" and dims is not None:
-            return self._rms_scale(grouped.float().var(dim=dims, correction=0, keepdim=True).sqrt())
+            return self._rms_scale(grouped.double().var(dim=dims, correction=0, keepdim=True).float().sqrt())
         if dims is None:
             amax = _largest(grouped) if grouped.numel() else grouped.new_zeros(())
         elif grouped.numel():
@@ -101,16 +101,17 @@ class Quantizer:
         assert self.format is not None
         most = FORMATS[self.format].max
         if self.scale in ("full", "delayed"):
-            scale = amax * (2.0**self.margin if self.scale == "delayed" else 1.0) / most
+            scale = over(amax * (2.0**self.margin if self.scale == "delayed" else 1.0), most)
             return (scale + (amax - amax)).where(scale != 0, 1.0)  # inf - inf is NaN
         if self.scale == "two_level":
             whole = amax.amax() if amax.numel() else amax.new_zeros(())
             _reduce(whole, None if groups is None else groups.tensor)
-            whole = whole / (most * E4M3.max)
+            whole = over(whole, most * E4M3.max)
             whole = whole.where(whole != 0, 1.0)
             smallest = 2.0 ** (E4M3.min_exponent - E4M3.mantissa_bits)
-            scale = round_to(amax / most / whole, E4M3).clamp_min(smallest) * whole
-            return scale.where((amax != 0) | whole.isnan() | whole.isinf(), 1.0)
+            scale = round_to(over(amax, most) / whole, E4M3).clamp_min(smallest) * whole
+            scale = scale.where((amax != 0) | whole.isnan() | whole.isinf(), 1.0)
+            return scale.where(scale != 0, 1.0)  # underflown: the values become zeros
         if self.scale == "floor":
             largest_power = 2.0 ** (int(most).bit_length() - 1)
             scale = decode_power(encode_power(amax, over=largest_power))
@@ -170,7 +171,7 @@ class Quantizer:
     def restore(self, values: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
         """fp32: values of the format times their scales. `values` is written over."""
         rounded = _grouped(values, self).mul_(scale).reshape(values.shape)
-        return rounded if self.shrink == 1.0 else rounded.div_(self.shrink)
+        return rounded if self.shrink == 1.0 else over(rounded, self.shrink)
 
     def in_units_of(self, scale: "torch.Tensor", x: "torch.Tensor") -> "torch.Tensor":
         """x over its scales."""
@@ -188,6 +189,13 @@ def _largest(x: "torch.Tensor", dims: int | tuple[int, ...] = (), keepdim: bool 
     """The largest magnitude; two reductions and no tensor of magnitudes between."""
     least = x.amin(dims, keepdim)
     return x.amax(dims, keepdim).maximum(least.neg_()).abs_()  # the sign of zero and NaN
+
+
+def over(x: "torch.Tensor", divisor: float) -> "torch.Tensor":
+    """x / divisor, rounded once: by a plain number torch divides on a CPU, and on a GPU multiplies by the number's inverse, whose last bit may be another."""
+    import torch
+
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 
 def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:

@@ -157,10 +157,17 @@ def full_scale(amax, MOST: tl.constexpr):
 
 
 @triton.jit
-def power_scale(amax, MOST: tl.constexpr, UP: tl.constexpr):
-    """E8M0 codes (int32) by the floor rule (MOST: the largest power of two in the format) or, with UP, by the ceil rule (MOST: its largest value)."""
-    ratio = tl.math.div_rn(amax, tl.full(amax.shape, MOST, tl.float32))
-    code = power_at_or_above(ratio) if UP else power_at_or_below(ratio)
+def power_scale(amax, MOST: tl.constexpr, MOST_BITS: tl.constexpr, UP: tl.constexpr):
+    """E8M0 codes (int32) by the floor rule (MOST: the largest power of two in the format) or, with UP, by the ceil rule (MOST: its largest value), as `encode_power`: the
+    difference of the bits, without the quotient that fp32 might round.
+
+    Args:
+        MOST_BITS: those of MOST.
+    """
+    bend: tl.constexpr = MOST_BITS - 0x7FFFFF if UP else MOST_BITS
+    code = tl.minimum(tl.maximum(((bits_of(amax) - bend) >> 23) + 127, 0), 254)
+    code = tl.where(amax > MOST * 2.0**-127, code, 0)
+    code = tl.where(bits_of(amax) >= INFINITY, 255, code)
     return tl.where(amax == 0, ONE_E8M0, code)
 
 

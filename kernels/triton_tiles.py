@@ -44,6 +44,7 @@ class Plan:
     block: int
     scale: str
     most: float  # what an amax is divided by
+    most_bits: int  # of that in fp32
     clip: float  # of the rms rule
     stochastic: bool
     shrink: float
@@ -82,13 +83,17 @@ def plan_of(quantizer: Quantizer, hadamard: int | None = None, signed: bool = Fa
         raise ValueError(
             f"the Triton kernels take blocks that are powers of two, not {block}; quantise by the reference, or choose another block"
         )
+    if quantizer.scale == "delayed":
+        raise ValueError('the Triton kernels take scales from the tensor at hand, not scale = "delayed"; quantise by the reference')
+    most = 2.0 ** math.floor(math.log2(format.max)) if quantizer.scale == "floor" else format.max
     return Plan(
         format=format,
         max_bits=_bits(format.max),
         granularity=quantizer.granularity,
         block=block if quantizer.granularity in ("block", "tile") else 0,  # one kernel for all whose block means nothing
         scale=quantizer.scale,
-        most=2.0 ** math.floor(math.log2(format.max)) if quantizer.scale == "floor" else format.max,
+        most=most,
+        most_bits=_bits(most),
         clip=_BEST_CLIP[quantizer.format] / format.max if quantizer.scale == "rms" else 0.0,
         stochastic=quantizer.rounding == "stochastic",
         shrink=quantizer.shrink,
@@ -199,11 +204,12 @@ def store_quantized(x, random, codes, scales, whole, amax, group_rows, group_col
             tl.store(whole, of_tensor)
         stored = two_level_scale(most, of_tensor, PLAN.most, PLAN.e4m3, PLAN.e4m3_max_bits)
         scale = tl.where((most == 0) & (bits_of(of_tensor) < INFINITY), 1.0, decode(stored, PLAN.e4m3) * of_tensor)
+        scale = tl.where(scale == 0, 1.0, scale)  # underflown: the values become zeros
     else:
         if PLAN.scale == "rms":
             power = rms_scale(_variance(x, GROUP_R, GROUP_C), PLAN.clip)
         else:
-            power = power_scale(most, PLAN.most, PLAN.scale == "ceil")
+            power = power_scale(most, PLAN.most, PLAN.most_bits, PLAN.scale == "ceil")
         stored = power.to(tl.uint8)
         # Times the inverse power is the same real number rounded the same way as over the power, and cheaper; 2^127 has an inverse among denormal numbers.
         scale = tl.where(power == 255, float("nan"), decode_power(254 - power))

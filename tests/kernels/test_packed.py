@@ -61,10 +61,6 @@ def test_what_is_packed_is_what_is_emulated(format: str, granularity: Granularit
         assert packed.codes.numel() == x.numel() * FORMATS[format].bits // 8
         wanted = quantizer.emulate(x.float(), random=BITS)
         got = packed.dequantize()
-        if (
-            name == "tiny" and format == "e2m1" and scale == "two_level"
-        ):  # where the scale underflows, emulation makes a NaN of 0 / 0, which four bits cannot say
-            got = got.where(~wanted.isnan(), torch.nan)
         assert same(got, wanted), (name, shrink, rounding)
 
 
@@ -146,7 +142,7 @@ def test_a_file_gives_back_every_bit_and_is_a_safetensors_file(tmp_path: Path) -
         )
     with safe_open(path, "pt") as file:
         told = json.loads(file.metadata()["packed"])
-    assert told["empty"] == {"shape": [0, 64], "quantizer": {"format": "e4m3", "granularity": "row", "block": 128, "scale": "full", "rounding": "nearest", "shrink": 1.0, "outliers": None}}  # fmt: skip
+    assert told["empty"] == {"shape": [0, 64], "quantizer": {"format": "e4m3", "granularity": "row", "block": 128, "scale": "full", "rounding": "nearest", "shrink": 1.0, "history": 16, "margin": 0, "outliers": None}}  # fmt: skip
 
 
 def spoil(path: Path, told: dict[str, Any] | None = None, **parts: torch.Tensor | None) -> Path:
