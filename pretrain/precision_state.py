@@ -21,6 +21,7 @@ class PrecisionState:
         self.planned, self.seed = recipe, seed
         self.recipe = PrecisionRecipe(name="unset")  # in force
         self.fallen: list[str] = []
+        self.begins_anew = False  # whether delayed scales were looked for in a checkpoint that has none
         names = [part for name in linear_names(model) for part in _matrices(name)]
         self.history = AmaxHistory(names, recipe.history, device) if recipe.history else None
         self._errors = RoundingErrors(names, device) if recipe.fallback else None
@@ -66,6 +67,7 @@ class PrecisionState:
         """
         self.fallen = list(state.get("wide", []))
         if self.history is not None:
+            self.begins_anew = not state.get("scales")
             try:
                 self.history.load_state_dict(state.get("scales", {}))
             except ValueError as error:

@@ -147,6 +147,10 @@ class Trainer:
         began = time.perf_counter()
         session, engine, config = self.session, self.session.engine, self.config
         recipe = session.precision.begin_step(engine.modules, step, config.run.steps)
+        if session.precision.begins_anew:
+            session.precision.begins_anew = False
+            reason = "the checkpoint has none of this model and recipe; the first step is scaled by its own values"
+            self.records.event("scales begin anew", step=step, reason=reason)
         if recipe.name != self.told_recipe:
             self.records.event("precision", step=step, recipe=recipe.name)
             self.told_recipe = recipe.name
