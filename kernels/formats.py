@@ -79,7 +79,7 @@ def round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> t
     The chance is resolved to 2^-(23 - mantissa bits). What a format holds stays as it is; values beyond its largest saturate, NaN stays NaN.
 
     Args:
-        random: int64 of x's shape, of which the low bits are used (`random_bits`).
+        random: integers of x's shape, of which the low bits are used (`rounding_bits`).
     """
     x = x.float()
     out = torch.empty_like(x)
@@ -89,14 +89,13 @@ def round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> t
 
 
 def _round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> torch.Tensor:
-    smallest = 2.0**format.min_exponent
-    magnitude = x.abs().clamp(max=format.max)
+    smallest, dropped = 2.0**format.min_exponent, (1 << (23 - format.mantissa_bits)) - 1
+    magnitude = x.abs().clamp_(max=format.max)
     # Below the smallest normal number the spacing is that of its binade, into which adding it moves a value.
-    offset = torch.where(magnitude < smallest, smallest, 0.0)
-    dropped = 23 - format.mantissa_bits
-    bits = (magnitude + offset).view(torch.int32).long()
-    bits = ((bits + (random & ((1 << dropped) - 1))) >> dropped) << dropped
-    rounded = bits.int().view(torch.float32) - offset
+    offset = (magnitude < smallest).to(torch.float32).mul_(smallest)
+    bits = magnitude.add_(offset).view(torch.int32)
+    bits.add_((random & dropped).to(torch.int32)).bitwise_and_(~dropped)
+    rounded = bits.view(torch.float32).sub_(offset)
     return torch.where(x.isnan(), x, torch.copysign(rounded, x))
 
 

@@ -8,7 +8,7 @@ import torch
 from regrowth.kernels.formats import FORMATS, Format
 from regrowth.kernels.hadamard import hadamard, inverse_hadamard, random_signs
 from regrowth.kernels.quantize import AmaxGroups, Quantizer
-from regrowth.kernels.random import random_bits, random_key
+from regrowth.kernels.random import random_key, rounding_bits
 from regrowth.kernels.recipe import GemmPrecision, LinearPrecision
 from regrowth.kernels.tables import AmaxHistory, RoundingErrors
 
@@ -126,7 +126,7 @@ class Call:
         site = self.site or Site()
         key = random_key(site.seed, "rounding", site.step, f"{site.name}.{site.part} {gemm}.{side}")
         shape = x.shape[::-1] if transposed else (x.numel() // x.shape[-1] if x.numel() else 0, x.shape[-1])
-        rows, columns = torch.arange(shape[0], device=x.device), torch.arange(shape[1], device=x.device)
+        rows = torch.arange(shape[0], device=x.device)
         cut_out, cut_in = (self.cut.along_out, not self.cut.along_out) if self.cut.ranks > 1 else (False, False)
         if of == "w":
             rows = rows + (self.cut.rank * shape[0] if cut_out else 0)
@@ -134,9 +134,9 @@ class Call:
             rows = site.tokens.flatten()
         cut_columns = cut_out if of == "dy" else cut_in
         whole = shape[1] * (self.cut.ranks if cut_columns else 1)
-        columns = columns + (self.cut.rank * shape[1] if cut_columns else 0)
-        bits = random_bits(key, rows[:, None] * whole + columns)
-        return bits.t() if transposed else bits.view(x.shape)
+        first = self.cut.rank * shape[1] if cut_columns else 0
+        bits = rounding_bits(key, rows, shape[1], whole, first)
+        return bits.t() if transposed else bits.reshape(x.shape)
 
 
 def dge_derivative(x: torch.Tensor, format: Format, power: float = 5.0, cap: float = 3.0) -> torch.Tensor:

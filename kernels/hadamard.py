@@ -32,15 +32,14 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
 
 
 def _butterflies(blocks: torch.Tensor, size: int, signs: torch.Tensor | None) -> torch.Tensor:
-    if signs is not None:
-        blocks = blocks * signs
+    columns = blocks.t() if signs is None else blocks.t() * signs[:, None]  # a place in all blocks together: long rows to add
+    columns = columns.contiguous()
     stride = 1
     while stride < size:
-        pairs = blocks.view(-1, size // (2 * stride), 2, stride)
-        first, second = pairs.unbind(2)
-        blocks = torch.stack((first + second, first - second), dim=2)
+        first, second = columns.view(size // (2 * stride), 2, stride, -1).unbind(1)
+        columns = torch.stack((first + second, first - second), dim=1).view(size, -1)
         stride *= 2
-    return blocks.reshape(-1, size).mul_(size**-0.5)
+    return columns.mul_(size**-0.5).t()
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def pack_tensor(x: torch.Tensor, quantizer: Quantizer, groups: AmaxGroups | None
     Args:
         x: [..., n], floating-point.
         groups: ranks that hold the other slices of x, as in `Quantizer.quantize`.
-        random: int64 of x's shape, for stochastic rounding (`random_bits`).
+        random: integers of x's shape, for stochastic rounding (`rounding_bits`).
 
     Raises:
         ValueError: there is no format; `outliers` is set; a block does not divide its dim; the last dim of four-bit codes is odd; no random bits.

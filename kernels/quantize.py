@@ -78,7 +78,8 @@ class Quantizer:
             return self._scale_of(amax, groups)
         grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
         if self.scale == "rms" and dims is not None:
-            return self._rms_scale(grouped.double().var(dim=dims, correction=0, keepdim=True).float().sqrt())
+            precise = grouped.float() if grouped.device.type == "cpu" else grouped.double()  # torch sums fp32 in fp64 on a CPU alone
+            return self._rms_scale(precise.var(dim=dims, correction=0, keepdim=True).float().sqrt())
         if dims is None:
             amax = _largest(grouped) if grouped.numel() else grouped.new_zeros(())
         elif grouped.numel():
@@ -129,7 +130,7 @@ class Quantizer:
         """(values of the format held in fp32, scales); their product, over `shrink`, is `emulate(x)` without outliers.
 
         Args:
-            random: int64 of x's shape, for stochastic rounding (`random_bits`).
+            random: integers of x's shape, for stochastic rounding (`rounding_bits`).
             amax: as in `scales`.
 
         Raises:

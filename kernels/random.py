@@ -32,6 +32,18 @@ def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
     return bits
 
 
+def rounding_bits(key: int, rows: torch.Tensor, columns: int, whole: int | None = None, first: int = 0) -> torch.Tensor:
+    """32 random bits (int32 [R, columns]) for each element of an operand: half of what `random_bits` gives for a pair of neighbours in a row, the lower half first.
+
+    Args:
+        rows: int64 [R], the number of each row in the whole operand.
+        columns: that are here, of `whole`, from `first` on.
+    """
+    pairs = torch.arange(first // 2, (first + columns + 1) // 2, device=rows.device)
+    bits = random_bits(key, rows[:, None] * (((whole or columns) + 1) // 2) + pairs).view(torch.int32)
+    return bits[:, first % 2 : first % 2 + columns]
+
+
 def uniform(key: int, index: torch.Tensor) -> torch.Tensor:
     """float64 in (0, 1), 53 bits, never 0."""
     return (_shift_right(random_bits(key, index), 11).double() + 0.5) * 2.0**-53

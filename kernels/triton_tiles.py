@@ -243,9 +243,9 @@ def store_quantized(x, random, codes, scales, whole, amax, group_rows, group_col
 
 @triton.jit
 def draw(key, row_index, column, whole_columns, PLAN: tl.constexpr):
-    """Random bits (int32: the low half) [R, C] for elements at (row_index [R] int64, column [C]) of a tensor of `whole_columns`; zeros where nothing is left to chance."""
+    """`rounding_bits` [R, C] for elements at (row_index [R] int64, column [C]) of a tensor of `whole_columns`; zeros where nothing is left to chance."""
     if PLAN.stochastic:
-        index = row_index[:, None] * whole_columns + column.to(tl.int64)[None, :]
-        return random_bits(key, index).to(tl.int32)
+        pair = row_index[:, None] * ((whole_columns + 1) // 2) + (column >> 1).to(tl.int64)[None, :]
+        return (random_bits(key, pair) >> ((column & 1) * 32).to(tl.uint64)[None, :]).to(tl.int32)
     else:
         return tl.zeros([row_index.shape[0], column.shape[0]], tl.int32)

@@ -39,7 +39,8 @@ def operand(x: torch.Tensor, gemm: GemmPrecision, which: str, index: torch.Tenso
         key = random_key(3, "signs", 5, f"layers.0.ffn.w_up.0 {name}") if gemm.signs == "random" else random_key(0, "signs", 0, "")
         x = hadamard(x, gemm.hadamard, None if gemm.signs == "none" else random_signs(gemm.hadamard, key))
     quantizer: Quantizer = getattr(gemm, side)
-    return quantizer.emulate(x, random=random_bits(random_key(3, "rounding", 5, f"layers.0.ffn.w_up.0 {which}"), index))
+    pairs = random_bits(random_key(3, "rounding", 5, f"layers.0.ffn.w_up.0 {which}"), index // 2)  # two neighbours share 64 bits
+    return quantizer.emulate(x, random=torch.where(index % 2 == 0, pairs, pairs >> 32))
 
 
 def by_hand(

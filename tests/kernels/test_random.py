@@ -1,8 +1,9 @@
 """Counter-based randomness: a value depends on its key and its index alone, and is random enough."""
 
+import pytest
 import torch
 
-from regrowth.kernels.random import global_index, normal, random_bits, random_key, uniform
+from regrowth.kernels.random import global_index, normal, random_bits, random_key, rounding_bits, uniform
 
 MASK = 0xFFFFFFFFFFFFFFFF
 
@@ -42,3 +43,17 @@ def test_uniforms_and_normals_have_their_moments_and_no_correlation() -> None:
     assert abs((z[1:] * z[:-1]).mean()) < 4e-3
     counts = torch.histc(u, 100, 0, 1)
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 149  # chi-square, 99 degrees of freedom, 0.1%
+
+
+@pytest.mark.parametrize("whole", [48, 47])
+def test_bits_for_rounding_are_those_of_the_place_in_the_whole_whatever_the_slice(whole: int) -> None:
+    rows = torch.tensor([5, 1 << 40, -3, 17])
+    bits = rounding_bits(9, rows, whole)
+    assert bits.dtype == torch.int32 and bits.unique().numel() == bits.numel()
+    for first, columns in ((0, 16), (16, 16), (3, 8), (7, 1), (whole - 5, 5)):
+        assert torch.equal(rounding_bits(9, rows[1:3], columns, whole, first), bits[1:3, first : first + columns])
+    many = rounding_bits(9, torch.arange(4096), 64)
+    ones = torch.stack([((many >> bit) & 1).double().mean() for bit in range(32)])
+    assert ((ones - 0.5).abs() < 5 * 0.5 / many.numel() ** 0.5).all(), "every bit is even"
+    neighbours = torch.corrcoef(torch.stack((many[:, ::2].flatten(), many[:, 1::2].flatten())).double())[0, 1]
+    assert abs(neighbours.item()) < 5 / (many.numel() / 2) ** 0.5

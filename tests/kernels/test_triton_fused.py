@@ -12,7 +12,7 @@ from regrowth.kernels.hadamard import hadamard, random_signs
 from regrowth.kernels.packed import Packed, pack_tensor
 from regrowth.kernels.pointwise import rms_norm
 from regrowth.kernels.quantize import Quantizer
-from regrowth.kernels.random import global_index, random_bits
+from regrowth.kernels.random import rounding_bits
 
 pytest.importorskip("triton")
 
@@ -71,7 +71,7 @@ def test_rms_norm_is_that_of_the_plain_operator(quantizer: Quantizer, dtype: tor
 def test_transforms_and_chance_go_along() -> None:
     quantizer = Quantizer("e2m1", "block", 16, "floor", "stochastic", 0.75)
     operand = Operand(quantizer, 16, random_signs(16, 3), key=9)
-    bits = random_bits(9, global_index((48, 64)))
+    bits = rounding_bits(9, torch.arange(48), 64)
     gate, up = torch.full((48, 64), 30.0), torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     wanted = pack_tensor(hadamard(functional.silu(gate) * up, 16, operand.signs), quantizer, random=bits)
     assert_same(swiglu_quantize(gate.to(DEVICE), up.to(DEVICE), operand), wanted)

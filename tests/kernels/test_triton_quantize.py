@@ -19,7 +19,7 @@ from regrowth.kernels.formats import decode_power as plain_power
 from regrowth.kernels.hadamard import hadamard, random_signs
 from regrowth.kernels.packed import Packed, pack_tensor
 from regrowth.kernels.quantize import Granularity, Quantizer, Rounding, Scale
-from regrowth.kernels.random import _signed, global_index, random_bits
+from regrowth.kernels.random import _signed, random_bits, rounding_bits
 from tests.kernels.test_packed import rules, same
 
 pytest.importorskip("triton")
@@ -134,7 +134,7 @@ def test_every_code_decodes_and_every_power_of_two_is_found(format: Format | Non
 def test_rows_and_columns_of_one_reading_are_the_references(format: str, granularity: Granularity, scale: Scale) -> None:
     if scale == "rms" and format != "e2m1":
         return
-    bits = random_bits(KEY, global_index((48, 80)))
+    bits = rounding_bits(KEY, torch.arange(48), 80)
     good, spoilt = sample(48, 80), sample(48, 80).bfloat16()
     spoilt[3, 40], spoilt[20, 70], spoilt[40, 2] = math.nan, math.inf, -math.inf
     cases: list[tuple[torch.Tensor, Rounding, float]] = [(good, "nearest", 1.0), (spoilt, "stochastic", 0.75)]
@@ -164,8 +164,8 @@ def test_operands_of_one_reading_may_differ() -> None:
     first = Operand(Quantizer("e4m3", "row", rounding="stochastic"), 16, random_signs(16, 1), key=3)
     second = Operand(Quantizer("e2m1", "block", 32, "two_level", "stochastic"), key=4)
     rows, columns = quantize_both(x.to(DEVICE), first, second)
-    assert_same(rows, reference(x, first, random_bits(3, global_index((64, 48)))))
-    assert_same(columns, reference(x, second, random_bits(4, global_index((64, 48))), down=True))
+    assert_same(rows, reference(x, first, rounding_bits(3, torch.arange(64), 48)))
+    assert_same(columns, reference(x, second, rounding_bits(4, torch.arange(64), 48), down=True))
     assert_same(quantize_rows(x.to(DEVICE), first), rows)
     assert_same(quantize_columns(x.to(DEVICE), second), columns)
 
