@@ -167,7 +167,8 @@ def test_experts_draw_by_token_wherever_they_are_computed(tmp_path: Path, ranks:
     alone = conformance.train(setting)
     plan = ParallelPlan(dp_shard=2, ep=2, micro_batch=4)
     split = ranks(2).run(conformance.train, replace(setting, parallel=plan))[0]
-    assert_allclose(split.losses, alone.losses, rtol=1e-5)
+    assert_allclose(split.losses[0], alone.losses[0], rtol=1e-7)
+    assert_allclose(split.losses, alone.losses, rtol=1e-4)  # after an update a last bit now and then tips a value over its threshold
     assert max(((split.gradients[n] - g).norm() / g.norm().clamp_min(1e-9)).item() for n, g in alone.gradients.items()) < 1e-3
     drawn_otherwise = conformance.train(replace(setting, run=setting.run.model_copy(update={"seed": 7})))
     assert abs(drawn_otherwise.losses[0] - alone.losses[0]) > 1e-4 * alone.losses[0]
