@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from regrowth.kernels import hardware
 from regrowth.kernels.formats import FORMATS, Format
 from regrowth.kernels.hadamard import hadamard, inverse_hadamard, random_signs
 from regrowth.kernels.quantize import AmaxGroups, Quantizer
@@ -59,6 +60,7 @@ class Rounded:
 
     value: torch.Tensor
     kept: torch.Tensor | None = None
+    scale: torch.Tensor | None = None  # of a value of an eight-bit type, which matrix units multiply
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class Call:
     cut: Cut = Cut()
     site: Site | None = None  # None where the recipe neither draws nor remembers
     training: bool = True
+    hardware: bool = False  # products that matrix units take are theirs
+
+    def product(self, a: Rounded, b: Rounded, dtype: torch.dtype) -> torch.Tensor:
+        """a [..., k] times b [n, k] transposed, in `dtype`."""
+        if a.scale is not None and b.scale is not None:
+            return hardware.product(a.value, a.scale, b.value, b.scale, dtype)
+        return a.value.to(dtype) @ b.value.to(dtype).t()
 
     def operand(
         self, gemm: Gemm, side: Side, x: torch.Tensor, of: Literal["x", "dy", "w"], transposed: bool = False, mask: bool = False
@@ -97,6 +106,13 @@ class Call:
         if quantizer.scale == "delayed" and site is not None and site.history is not None:
             current = replace(quantizer, margin=0).scales(x, groups) * FORMATS[quantizer.format].max
             amax = site.history.amax(site.name, f"{gemm}.{side}", current, self.training)
+        if self.hardware and x.numel() and hardware.takes(entry):
+            assert quantizer.format is not None
+            values, scale = quantizer.quantize(x, groups, random, amax)
+            rounded = Rounded(values.to(hardware.TYPES[quantizer.format]), scale=scale)
+            if site is not None and site.errors is not None and self.training:
+                site.errors.add(site.name, f"{gemm}.{side}", x, quantizer.restore(values, scale))
+            return rounded
         if mask:
             values, scale = quantizer.quantize(x, groups, random, amax)
             rounded = Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))

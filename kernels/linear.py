@@ -24,22 +24,28 @@ class LowPrecisionLinear(nn.Linear):
         self.precision = HIGH
         self.cut = Cut()
         self.site = Site()
+        self.hardware = False  # products that the device's matrix units take are theirs (`hardware.py`)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.precision.is_high:
             return functional.linear(input, self.weight)
-        return low_precision_linear(input, self.weight, self.precision, self.cut, self.site)
+        return low_precision_linear(input, self.weight, self.precision, self.cut, self.site, self.hardware)
 
 
 def low_precision_linear(
-    x: torch.Tensor, weight: torch.Tensor, precision: LinearPrecision, cut: Cut | None = None, site: Site | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    precision: LinearPrecision,
+    cut: Cut | None = None,
+    site: Site | None = None,
+    hardware: bool = False,
 ) -> torch.Tensor:
     """x [..., in] times weight [out, in] under a recipe's entry; differentiable in both."""
     if site is None or not (precision.draws or site.remembers):
-        return _apply(x, weight, Call(precision, cut or Cut()))
+        return _apply(x, weight, Call(precision, cut or Cut(), hardware=hardware))
     # What is drawn is another at every step, and what is remembered is every linear's own: compiled into a block, they would have each block compiled at every step.
-    return _apply_as_it_is(x, weight, Call(precision, cut or Cut(), site.now(), torch.is_grad_enabled()))
+    return _apply_as_it_is(x, weight, Call(precision, cut or Cut(), site.now(), torch.is_grad_enabled(), hardware))
 
 
 def _apply(x: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
@@ -57,16 +63,16 @@ _apply_as_it_is: Any = torch.compiler.disable(_apply)
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
     """dx [..., in] = dy w in dy's dtype; the contracted dim is out, so both operands are grouped along it."""
-    a = call.operand("dgrad", "a", grad, "dy").value
-    b = call.operand("dgrad", "b", weight.t(), "w", transposed=True).value
-    return a.to(grad.dtype) @ b.to(grad.dtype).t()
+    a = call.operand("dgrad", "a", grad, "dy")
+    b = call.operand("dgrad", "b", weight.t(), "w", transposed=True)
+    return call.product(a, b, grad.dtype)
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
     """dw [out, in] = dy^T x in dy's dtype; the contracted dim is the tokens, so both operands are grouped along them."""
-    a = call.operand("wgrad", "a", _flat(grad).t(), "dy", transposed=True).value
-    b = call.operand("wgrad", "b", _flat(x).t(), "x", transposed=True).value
-    return a.to(grad.dtype) @ b.to(grad.dtype).t()
+    a = call.operand("wgrad", "a", _flat(grad).t(), "dy", transposed=True)
+    b = call.operand("wgrad", "b", _flat(x).t(), "x", transposed=True)
+    return call.product(a, b, grad.dtype)
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -87,7 +93,7 @@ class _InputGemm(torch.autograd.Function):
             ctx.save_for_backward(weight)
         else:
             ctx.save_for_backward(b.value, a.kept)
-        return a.value.to(dtype) @ b.value.to(dtype).t()
+        return call.product(a, b, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -69,6 +69,8 @@ class PrecisionConfig(Settings):
     recipe: str = "full"  # the name of a shipped one, or the path of a TOML file
     custom: Recipe | None = None
     full_precision_last: Annotated[float, Field(ge=0, le=1)] | None = None  # None: the recipe's own
+    # Eight-bit products by the device's matrix units ("hardware"), or rounded operands multiplied in run.dtype ("emulated"); "auto": the former where they are and gain.
+    products: Literal["auto", "emulated", "hardware"] = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +178,10 @@ class RunConfig(Settings):
             raise ValueError(f"growth: at_step = {steps[-1]} is not before the end of the run (run.steps = {self.run.steps})")
         if self.run.attention == "varlen" and self.parallel.cp > 1:
             raise ValueError('run.attention = "varlen" needs whole documents on a rank, parallel.cp > 1 deals them out; use "auto"')
+        if self.precision.products == "hardware" and self.run.dtype != "bfloat16":
+            raise ValueError(
+                'precision.products = "hardware": matrix units give sums of eight-bit products in half precision; set run.dtype = "bfloat16"'
+            )
         if self.run.attention == "varlen" and self.run.device == "cuda" and self.run.dtype == "float32":
             raise ValueError('run.attention = "varlen" has a kernel for half precision only; set run.dtype = "bfloat16"')
         if self.supervision.elastic and (changing := [event.at for event in self.growth if event.parallel]):

@@ -21,6 +21,7 @@ class PrecisionState:
         self.planned, self.seed = recipe, seed
         self.recipe = PrecisionRecipe(name="unset")  # in force
         self.fallen: list[str] = []
+        self.slow: list[str] = []  # wide because low precision would be slower on this device
         self.begins_anew = False  # whether delayed scales were looked for in a checkpoint that has none
         names = [part for name in linear_names(model) for part in _matrices(name)]
         self.history = AmaxHistory(names, recipe.history, device) if recipe.history else None
@@ -29,7 +30,7 @@ class PrecisionState:
     def begin_step(self, modules: Iterable[nn.Module], step: int, steps: int) -> PrecisionRecipe:
         """Let a rank's linears follow what is in force at a step, and draw what is drawn for it."""
         recipe = self.planned.at(step, steps)
-        recipe = replace(recipe, wide=(*recipe.wide, *self.fallen)) if self.fallen else recipe
+        recipe = replace(recipe, wide=(*recipe.wide, *self.fallen, *self.slow)) if self.fallen or self.slow else recipe
         if recipe != self.recipe or recipe.draws or self._errors is not None:
             for module in modules:
                 module.follow(recipe, self.seed, step, self.history, self._errors if self._measures(step) else None)  # pyright: ignore[reportCallIssue]

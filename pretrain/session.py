@@ -26,6 +26,7 @@ from regrowth.pretrain.growth.ramp import ramp_of
 from regrowth.pretrain.lineage import Lineage
 from regrowth.pretrain.loss import to_tensors
 from regrowth.pretrain.precision_state import PrecisionState
+from regrowth.pretrain.products import choose_products
 
 
 class Session:
@@ -61,6 +62,11 @@ class Session:
         self.engine = build_engine(config, self.model_config, mesh)
         self.feed = Feed(self.loader, self.engine.data_rank, self.engine.data_ranks, self._micro_batches, config.run.steps)
         self.precision = PrecisionState(config.precision.build(), self.model_config, config.run.seed, self.device)
+        products = config.precision.products if config.run.dtype == "bfloat16" else "emulated"
+        tokens = config.parallel.micro_batch * config.loader.sequence_length // config.parallel.cp
+        modules, recipe = self.engine.modules, self.precision.planned
+        self.slow_products = choose_products(modules, recipe, products, self.model_config.layers, tokens, self.device)
+        self.precision.slow = list(self.slow_products)
         if checkpoint and state:
             if not begins:
                 self.loader.load_state_dict(state.loader)

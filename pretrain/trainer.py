@@ -147,6 +147,9 @@ class Trainer:
         began = time.perf_counter()
         session, engine, config = self.session, self.session.engine, self.config
         recipe = session.precision.begin_step(engine.modules, step, config.run.steps)
+        if session.slow_products:
+            self.records.event("linears stay wide", step=step, reason="low precision would be slower here", gains=session.slow_products)
+            session.slow_products = {}
         if session.precision.begins_anew:
             session.precision.begins_anew = False
             reason = "the checkpoint has none of this model and recipe; the first step is scaled by its own values"

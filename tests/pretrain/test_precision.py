@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
@@ -172,3 +173,30 @@ def test_experts_draw_by_token_wherever_they_are_computed(tmp_path: Path, ranks:
     assert max(((split.gradients[n] - g).norm() / g.norm().clamp_min(1e-9)).item() for n, g in alone.gradients.items()) < 1e-3
     drawn_otherwise = conformance.train(replace(setting, run=setting.run.model_copy(update={"seed": 7})))
     assert abs(drawn_otherwise.losses[0] - alone.losses[0]) > 1e-4 * alone.losses[0]
+
+
+def test_products_of_matrix_units_are_refused_where_there_are_none(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    with pytest.raises(UserError, match=r"set run\.dtype = \"bfloat16\""):
+        load_config("quickstart", ["precision.products=hardware", "precision.recipe=fp8_rowwise"])
+    run = new_run(corpus, tmp_path, model=MODEL, run={"dtype": "bfloat16"}, precision={"recipe": "fp8_rowwise", "products": "hardware"})
+    with pytest.raises(
+        Exception, match=r'precision\.products = "hardware": a CPU has no matrix units for eight bits\. Set precision\.products = "auto"'
+    ):
+        go(run, corpus, ranks)
+
+
+def test_linears_that_would_be_slower_stay_wide_and_the_others_are_given_to_the_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement is replaced: attention's square linears gain, the FFN's lose; which ranks measure what, and on what device, is hardware.gain's."""
+    from regrowth.pretrain import products
+    from regrowth.pretrain.attention import Sdpa
+    from regrowth.pretrain.model import Transformer
+
+    monkeypatch.setattr(products.hardware, "lacks", lambda device: "")
+    monkeypatch.setattr(products.hardware, "gain", lambda tokens, out, into, precision, device: 1.3 if out == into else 0.9)
+    model = Transformer(ModelConfig(**MODEL, tied=True), Sdpa())  # type: ignore[arg-type]
+    recipe = replace(load_recipe("fp8_rowwise"), last_wide=1)
+    slow = products.choose_products([model], recipe, "auto", 2, 128, torch.device("cpu"))
+    assert slow == {f"layers.0.ffn.{w}": 0.9 for w in ("w_gate", "w_up", "w_down")}
+    given = {name for name, module in model.named_modules() if getattr(module, "hardware", False)}
+    assert given == {f"layers.0.attn.{w}" for w in ("wq", "wk", "wv", "wo")}, "the last block is wide"
+    assert products.choose_products([model], recipe, "emulated", 2, 128, torch.device("cpu")) == {}
