@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from regrowth.kernels import hardware
-from regrowth.kernels.formats import FORMATS, Format
+from regrowth.kernels.formats import Format
 from regrowth.kernels.hadamard import hadamard, inverse_hadamard, random_signs
 from regrowth.kernels.quantize import AmaxGroups, Quantizer
 from regrowth.kernels.random import random_key, rounding_bits
@@ -104,8 +104,7 @@ class Call:
         random = self._random(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
         amax = None
         if quantizer.scale == "delayed" and site is not None and site.history is not None:
-            current = replace(quantizer, margin=0).scales(x, groups) * FORMATS[quantizer.format].max
-            amax = site.history.amax(site.name, f"{gemm}.{side}", current, self.training)
+            amax = site.history.amax(site.name, f"{gemm}.{side}", quantizer.amax(x, groups), self.training)
         if self.hardware and x.numel() and hardware.takes(entry):
             assert quantizer.format is not None
             values, scale = quantizer.quantize(x, groups, random, amax)

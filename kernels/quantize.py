@@ -74,12 +74,16 @@ class Quantizer:
             amax: fp32 scalar taken instead of x's own ("delayed").
         """
         assert self.format is not None
-        if amax is not None:
-            return self._scale_of(amax, groups)
-        grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
-        if self.scale == "rms" and dims is not None:
+        if self.scale == "rms":
+            grouped = _grouped(x, self)
             precise = grouped.float() if grouped.device.type == "cpu" else grouped.double()  # torch sums fp32 in fp64 on a CPU alone
+            dims = -1 if self.granularity == "block" else (-3, -1)
             return self._rms_scale(precise.var(dim=dims, correction=0, keepdim=True).float().sqrt())
+        return self._scale_of(self.amax(x, groups) if amax is None else amax, groups)
+
+    def amax(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
+        """fp32, the largest magnitude of each group, in the shape of `scales`."""
+        grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
         if dims is None:
             amax = _largest(grouped) if grouped.numel() else grouped.new_zeros(())
         elif grouped.numel():
@@ -87,7 +91,7 @@ class Quantizer:
         else:  # an expert without tokens: its ranks' slices may have some
             amax = grouped.new_zeros((*grouped.shape[:-1], 1))
         _reduce(amax, None if groups is None else {"tensor": groups.tensor, "row": groups.row}.get(self.granularity))
-        return self._scale_of(amax.float(), groups)
+        return amax.float()
 
     def _rms_scale(self, deviation: "torch.Tensor") -> "torch.Tensor":
         from regrowth.kernels.formats import FORMATS, decode_power, encode_power

@@ -55,6 +55,16 @@ def test_evaluation_leaves_no_trace_and_a_step_that_overflowed_counts_for_nothin
     assert "forward.a" not in history.state_dict()["layers.0.ffn.w_up"]
 
 
+def test_a_step_of_zeros_is_no_history() -> None:
+    """A gradient that is zero in the first step, as those before a projection that begins at zero, must not set the scale of the next."""
+    history = AmaxHistory(["layers.0.ffn.w_up"], length=2)
+    layer, x = linear(history), torch.ones(1, 16)
+    layer(x * 0.0)
+    history.end_step()
+    assert "forward.a" not in history.state_dict()["layers.0.ffn.w_up"]
+    assert layer(x * 1e-3)[0, 0].item() == pytest.approx(1e-3, rel=2**-4)
+
+
 def test_a_history_goes_into_plain_data_and_back() -> None:
     history = AmaxHistory(["layers.0.ffn.w_up", "layers.1.ffn.w_up"], length=2)
     layer = linear(history)
