@@ -104,8 +104,8 @@ class Call:
         random = self._random(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
         amax = None
         if quantizer.scale == "delayed" and site is not None and site.history is not None:
-            amax = site.history.amax(site.name, f"{gemm}.{side}", quantizer.amax(x, groups), self.training)
-        if self.hardware and x.numel() and hardware.takes(entry):
+            amax = site.history.amax(site.name, f"{gemm}.{side}", quantizer.amax(x, groups), self.training, quantizer.history)
+        if self.hardware and x.numel() and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry):
             assert quantizer.format is not None
             values, scale = quantizer.quantize(x, groups, random, amax)
             rounded = Rounded(values.to(hardware.TYPES[quantizer.format]), scale=scale)

@@ -11,7 +11,7 @@ import torch
 from regrowth.kernels.recipe import GemmPrecision, LinearPrecision
 
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_MULTIPLE = 16  # of which matrix units want both dims of a weight
+MULTIPLE = 16  # of which matrix units want what is contracted
 
 
 def lacks(device: torch.device) -> str:
@@ -33,10 +33,12 @@ def takes(gemm: GemmPrecision) -> bool:
     return plain and a.granularity == b.granularity and a.granularity in ("tensor", "row") and not a.format == b.format == "e5m2"
 
 
-def takes_linear(precision: LinearPrecision, out_features: int, in_features: int) -> bool:
-    """Whether matrix units take at least one of a linear's products; those that they do not take are emulated or wide."""
-    gemms = (precision.forward, precision.dgrad, precision.wgrad)
-    return any(map(takes, gemms)) and precision.estimator == "straight" and not (out_features % _MULTIPLE or in_features % _MULTIPLE)
+def takes_linear(precision: LinearPrecision, out_features: int, in_features: int, tokens: int) -> bool:
+    """Whether matrix units take all of a linear's products that are narrow. One of which a part would have to be emulated is emulated as a whole: it shows what its recipe does,
+    and is not to go wide for being slow."""
+    narrow = [gemm for gemm in (precision.forward, precision.dgrad, precision.wgrad) if not gemm.is_high]
+    fits = not any(size % MULTIPLE for size in (out_features, in_features, tokens))  # each is contracted by one of the products
+    return bool(narrow) and all(map(takes, narrow)) and precision.estimator == "straight" and fits
 
 
 def product(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ A group of zeros has scale 1. One with a NaN or an infinity becomes NaN as a who
 that overflowed is not to look like one that did not.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -208,6 +209,7 @@ def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:
     if group is not None:
         import torch.distributed as dist
 
+        amax.nan_to_num_(math.inf, math.inf)  # the larger of NaN and a number depends on the rank that has it
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
 
 

@@ -54,6 +54,16 @@ class LinearPrecision:
     def __post_init__(self) -> None:
         if self.estimator == "dge" and self.forward.b.format is None:
             raise ValueError('estimator = "dge" stands for the rounding of the weight; give forward.b a format')
+        if self.estimator == "dge" and (self.forward.hadamard or self.forward.b.scale == "delayed"):
+            raise ValueError(
+                'estimator = "dge" is of the weight as it is and of its own scale; leave forward.hadamard and scale = "delayed" out of it'
+            )
+        if self.estimator == "trust" and {self.forward.a.scale, self.forward.b.scale} != {"rms"}:
+            raise ValueError('estimator = "trust" is about what scale = "rms" clips; give it to forward.a and forward.b')
+        if self.estimator == "trust" and (self.forward.a.outliers or self.forward.b.outliers):
+            raise ValueError(
+                'estimator = "trust" leaves out what was clipped, outliers keep it; leave forward.a.outliers and forward.b.outliers out of it'
+            )
         if self.estimator == "trust" and (self.forward.a.format is None or self.forward.b.format is None or self.forward.draws):
             raise ValueError(
                 'estimator = "trust" takes the rounded operands of the forward pass; give forward.a and forward.b formats, and leave chance out of it'

@@ -26,23 +26,25 @@ class AmaxHistory:
         self._past = torch.zeros(len(names), len(OPERANDS), length, device=device)
         self._now = torch.zeros(len(names), len(OPERANDS), device=device)
 
-    def amax(self, name: str, operand: str, current: torch.Tensor, remember: bool) -> torch.Tensor:
+    def amax(self, name: str, operand: str, current: torch.Tensor, remember: bool, length: int | None = None) -> torch.Tensor:
         """fp32 scalar: the largest of the steps before; of the operand at hand, as long as there are none.
 
         Args:
             current: the operand's own amax, over its slices.
             remember: whether it counts for the steps to come; not while a model is evaluated.
+            length: steps that this operand looks back on; None for all that are kept.
         """
         row, column = self._row[name], OPERANDS.index(operand)
         if remember:
             torch.maximum(self._now[row, column], current, out=self._now[row, column])
-        past = self._past[row, column].amax()
+        past = self._past[row, column, :length].amax()
         return torch.where(past > 0, past, current)
 
     @torch.no_grad()
     def end_step(self) -> None:
         """What this step has seen, on any rank, becomes the last of those before; collective. What is not finite is left out: the step was skipped, or should have been."""
         if dist.is_initialized() and dist.get_world_size() > 1:
+            self._now.nan_to_num_(math.inf, math.inf)  # the larger of NaN and a number depends on the rank that has it
             dist.all_reduce(self._now, op=dist.ReduceOp.MAX)
         self._past = torch.cat((self._now.nan_to_num(0.0, 0.0, 0.0)[..., None], self._past[..., :-1]), dim=-1)
         self._now.zero_()
@@ -96,7 +98,8 @@ class RoundingErrors:
         found = {}
         for name, row in self._row.items():
             sums = zip(OPERANDS, self._sums[row].tolist(), strict=True)
-            if errors := {operand: math.sqrt(noise / signal) for operand, (noise, signal) in sums if signal > 0}:
+            squares = {operand: noise / signal for operand, (noise, signal) in sums if signal > 0}
+            if errors := {operand: math.sqrt(square) for operand, square in squares.items() if math.isfinite(square)}:
                 found[name] = errors
         self._sums.zero_()
         return found

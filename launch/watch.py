@@ -142,6 +142,10 @@ def _spell_event(event: dict[str, Any]) -> str | None:
             )
         case "precision":
             return f"{step}precision {event['recipe']}"
+        case "linears stay wide":
+            return f"{step}{len(event['gains'])} linears stay wide: {event['reason']}"
+        case "scales begin anew":
+            return f"{step}scales begin anew: {event['reason']}"
         case "linear goes wide":
             return f"{step}{event['linear']} goes wide: its error of rounding is {max(event['errors'].values()):.0%}"
         case "checkpoint refused":

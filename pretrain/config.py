@@ -75,10 +75,11 @@ class PrecisionConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_file(cls, values: Any) -> Any:
-        """A file's recipe is taken into the config: the run does not change when the file does."""
-        if isinstance(values, dict) and str(values.get("recipe", "")).endswith(".toml"):
-            if values.get("custom"):
-                raise ValueError("precision.recipe names a file and precision.custom is there too; give one of them")
+        """A file's recipe is taken into the config: the run does not change when the file does. A recipe that is named takes the place of the one that was spelled out."""
+        if not isinstance(values, dict) or values.get("recipe", FULL.name) == FULL.name:
+            return values
+        values = {key: value for key, value in values.items() if key != "custom"}
+        if str(values["recipe"]).endswith(".toml"):
             try:
                 recipe = load_recipe(str(values["recipe"]))
             except UserError as error:
@@ -225,7 +226,7 @@ class RunConfig(Settings):
 
     def _precision_fits(self, model: ModelConfig, plan: ParallelPlan) -> None:
         lengths = [self.loader.sequence_length, *(stage.sequence_length for stage in self.loader.length_schedule)]
-        check_fits(self.precision.build(), model, plan, min(lengths))
+        check_fits(self.precision.build(), model, plan, lengths)
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:

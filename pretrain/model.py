@@ -145,7 +145,7 @@ class Transformer(nn.Module):
             if isinstance(module, LowPrecisionLinear):
                 module.cut = self._cut(second=name.endswith((".wo", ".w_down")))
             elif isinstance(module, Experts):
-                module.cut, module.cut_down = self._cut(second=False), self._cut(second=True)
+                module.cut, module.cut_down = self._cut(second=False, experts=True), self._cut(second=True, experts=True)
                 module.ep_rank = parallel.ep.rank() if parallel.ep is not None else 0
 
     def follow(
@@ -157,10 +157,13 @@ class Transformer(nn.Module):
         for module in low_precision_modules(self).values():
             module.site.history, module.site.errors = history, errors
 
-    def _cut(self, second: bool) -> Cut:
+    def _cut(self, second: bool, experts: bool = False) -> Cut:
         """Where the ranks cut what a linear's GEMMs contract: inputs of the second of a pair, outputs of the first, tokens everywhere."""
         tp, anywhere = self.parallel.tp.group, self.parallel.sequence
-        within, tokens = AmaxGroups(tensor=anywhere), AmaxGroups(self.parallel.cp.group, anywhere)
+        context = self.parallel.cp.group
+        if experts and self.parallel.ep is not None:  # neighbours in cp may hold other experts: an expert's tokens have come here
+            anywhere, context = tp, None
+        within, tokens = AmaxGroups(tensor=anywhere), AmaxGroups(context, anywhere)
         split = AmaxGroups(tp, anywhere)
         place = {"rank": tp.rank(), "ranks": tp.size()} if tp is not None else {}
         return Cut(forward=split if second else within, dgrad=within if second else split, wgrad=tokens, along_out=not second, **place)

@@ -9,7 +9,7 @@ scale per row:
     forward = { a = "e4m3", b = "weight" }
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -99,11 +99,11 @@ def linear_names(model: ModelConfig) -> list[str]:
     return names
 
 
-def check_fits(recipe: PrecisionRecipe, model: ModelConfig, plan: ParallelPlan, sequence_length: int) -> None:
+def check_fits(recipe: PrecisionRecipe, model: ModelConfig, plan: ParallelPlan, lengths: Iterable[int]) -> None:
     """Whether a recipe fits a model under a plan: its patterns name linears, and its blocks and transforms divide what they run along.
 
     Args:
-        sequence_length: the shortest of the run.
+        lengths: of the run's sequences.
 
     Raises:
         ValueError: what does not fit, and what would.
@@ -122,24 +122,27 @@ def check_fits(recipe: PrecisionRecipe, model: ModelConfig, plan: ParallelPlan, 
     }
     ffn = {"model.width": model.width, **{f"{key} / parallel.tp": size // plan.tp for key, size in model.hidden_widths.items()}}
     # A rank of cp holds two chunks of a sequence, and no block of tokens may straddle them.
-    tokens = {"loader.sequence_length / chunks": sequence_length // (2 * plan.cp if plan.cp > 1 else 1)}
-    if model.expert_count and list(_divisors(recipe.ffn.wgrad)):
+    chunks = 2 * plan.cp if plan.cp > 1 else 1
+    tokens = [("loader.sequence_length / chunks", length // chunks) for length in lengths]
+    in_tiles = any(tile == "a" for gemm in (recipe.ffn.forward, recipe.ffn.dgrad) for _, _, tile in _divisors(gemm))
+    if model.expert_count and (in_tiles or list(_divisors(recipe.ffn.wgrad))):
         raise ValueError("precision.recipe: blocks along the tokens do not fit experts, which get as many tokens as choose them; take a recipe with "
                          "scales per row for the FFN's weight gradients")  # fmt: skip
     for linear, dims in ((recipe.attention, attention), (recipe.ffn, ffn)):
         for gemm in (linear.forward, linear.dgrad, linear.wgrad):
             for what, size, tile in _divisors(gemm):
-                sizes = tokens | dims if tile and gemm is linear.wgrad else tokens if gemm is linear.wgrad else dims
-                for name, of in sizes.items():
+                along_tokens = gemm is linear.wgrad or tile == "a"
+                sizes = [*(tokens if along_tokens else []), *(dims.items() if tile or gemm is not linear.wgrad else [])]
+                for name, of in sizes:
                     if of % size:
                         raise ValueError(f"{name} = {of} is not a multiple of the precision recipe's {what} of {size}; "
                                          "choose another size, or a recipe with scales per row")  # fmt: skip
 
 
-def _divisors(gemm: GemmPrecision) -> Iterator[tuple[str, int, bool]]:
-    """What has to divide dims of a GEMM's operands: what it is, its size, and whether it divides both dims of an operand."""
-    for quantizer in (gemm.a, gemm.b):
+def _divisors(gemm: GemmPrecision) -> Iterator[tuple[str, int, str]]:
+    """What has to divide dims of a GEMM's operands: what it is, its size, and the operand of which it divides both dims, if it does."""
+    for side, quantizer in (("a", gemm.a), ("b", gemm.b)):
         if quantizer.format and quantizer.granularity in ("block", "tile"):
-            yield "blocks", quantizer.block, quantizer.granularity == "tile"
+            yield "blocks", quantizer.block, side if quantizer.granularity == "tile" else ""
     if gemm.hadamard and not gemm.is_high:
-        yield "Hadamard transforms", gemm.hadamard, False
+        yield "Hadamard transforms", gemm.hadamard, ""

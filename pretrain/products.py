@@ -16,13 +16,20 @@ Shape = tuple[int, int, LinearPrecision]
 
 
 def choose_products(
-    modules: Sequence[nn.Module], recipe: PrecisionRecipe, products: str, layers: int, tokens: int, device: torch.device
+    modules: Sequence[nn.Module],
+    recipe: PrecisionRecipe,
+    products: str,
+    layers: int,
+    tokens: int,
+    device: torch.device,
+    chosen: list[str] | None = None,
 ) -> dict[str, float]:
     """Give linears to the matrix units (`module.hardware`); collective.
 
     Args:
         products: "emulated"; "hardware": all that they take; "auto": all that gain.
         tokens: of a micro-batch on a rank.
+        chosen: those that were found to be slower when the run began; nothing is measured again, for a run that goes on is to compute as it did.
 
     Returns:
         Of linears that stay wide because low precision would be slower, by name, how many times as fast it would be.
@@ -37,7 +44,11 @@ def choose_products(
         return {}
     linears = {name: m for module in modules for name, m in module.named_modules() if isinstance(m, LowPrecisionLinear)}
     shapes: dict[str, Shape] = {name: (*linear.weight.shape, recipe.of(name, linear.kind, layers)) for name, linear in linears.items()}  # pyright: ignore[reportAssignmentType]
-    shapes = {name: (out, into, its) for name, (out, into, its) in shapes.items() if hardware.takes_linear(its, out, into)}
+    shapes = {name: (out, into, its) for name, (out, into, its) in shapes.items() if hardware.takes_linear(its, out, into, tokens)}
+    if chosen is not None:
+        for name, linear in linears.items():
+            linear.hardware = name in shapes and name not in chosen
+        return {}
     gains = {shape: 2.0 if products == "hardware" else hardware.gain(tokens, *shape, device) for shape in dict.fromkeys(shapes.values())}
     agreed = _least_of_all({name: gains[shape] for name, shape in shapes.items()})
     for name, linear in linears.items():

@@ -62,11 +62,6 @@ class Session:
         self.engine = build_engine(config, self.model_config, mesh)
         self.feed = Feed(self.loader, self.engine.data_rank, self.engine.data_ranks, self._micro_batches, config.run.steps)
         self.precision = PrecisionState(config.precision.build(), self.model_config, config.run.seed, self.device)
-        products = config.precision.products if config.run.dtype == "bfloat16" else "emulated"
-        tokens = config.parallel.micro_batch * config.loader.sequence_length // config.parallel.cp
-        modules, recipe = self.engine.modules, self.precision.planned
-        self.slow_products = choose_products(modules, recipe, products, self.model_config.layers, tokens, self.device)
-        self.precision.slow = list(self.slow_products)
         if checkpoint and state:
             if not begins:
                 self.loader.load_state_dict(state.loader)
@@ -74,11 +69,24 @@ class Session:
             load_tensors(checkpoint / "model", self.engine.weights())
             load_tensors(checkpoint / "optimizer", self.engine.moments())
             self.engine.loaded(int(state.trainer["optimizer_steps"]))
+        self.slow_products = self._choose_products()
+        # Evaluations that come before the next step are of the recipe of the last.
+        self.precision.begin_step(self.engine.modules, max(0, self.step - 1), config.run.steps)
         self.ramp = ramp_of(self.lineage, self.model_config, self.engine.weights(), self.step)
         if self.ramp and config.parallel.engine != "native":
             raise UserError(
                 f'growth: random_pad fades its values in during training, which parallel.engine = "{config.parallel.engine}" does not; use "native".'
             )
+
+    def _choose_products(self) -> dict[str, float]:
+        """Give linears to the device's matrix units; those that would be slower narrow stay wide, as long as the run has this model."""
+        config, precision = self.config, self.precision
+        products = config.precision.products if config.run.dtype == "bfloat16" else "emulated"
+        tokens = config.parallel.micro_batch * config.loader.sequence_length // config.parallel.cp
+        layers, chosen = self.model_config.layers, precision.slow
+        slow = choose_products(self.engine.modules, precision.planned, products, layers, tokens, self.device, chosen)
+        precision.slow = list(slow) if chosen is None else chosen
+        return slow
 
     def close(self) -> None:
         """End the loader's thread; the session is done with."""

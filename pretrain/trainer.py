@@ -175,11 +175,11 @@ class Trainer:
         # An outlier of a loss makes no update, whatever its gradient.
         limit = self.guard.norm_limit if loss <= self.guard.loss_limit else -1.0
         norm = engine.step(lr, config.optimizer.clip, limit)
-        errors, fallen = session.precision.end_step(step)
-        self.records.precision(step, errors, fallen)
         if session.ramp:
             session.ramp.add(step, engine)
         updated = norm < math.inf and norm <= limit
+        errors, fallen = session.precision.end_step(step, updated)
+        self.records.precision(step, errors, fallen)
         routed = balance(engine.modules, session.model_config, self.plan.mesh, move=updated)
         decision = session.loader.observe(step, domain_losses(ids, sums))
         self._account(ids, tokens, config.loader.length_at(step))

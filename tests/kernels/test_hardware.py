@@ -21,7 +21,12 @@ def test_which_recipes_matrix_units_take() -> None:
     assert taken.pop("fp4_paper") == [False, True, True], "the backward products of the FP4 paper"
     assert all(its == [False] * 3 for name, its in taken.items() if name not in TAKEN)
     rowwise = load_recipe("fp8_rowwise").ffn
-    assert hardware.takes_linear(rowwise, 64, 32) and not hardware.takes_linear(rowwise, 64, 24)
+    assert (
+        hardware.takes_linear(rowwise, 64, 32, 128)
+        and not hardware.takes_linear(rowwise, 64, 24, 128)
+        and not hardware.takes_linear(rowwise, 64, 32, 1000)
+    )
+    assert not hardware.takes_linear(load_recipe("fp4_paper").ffn, 64, 32, 128), "four bits forward: emulated as a whole"
     assert "has no matrix units for eight bits" in hardware.lacks(torch.device("cpu"))
 
 

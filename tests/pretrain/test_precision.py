@@ -1,5 +1,6 @@
 """Recipes in runs: files and their faults, scales and fallen linears that survive a stop, and the same draws under every split."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.testing import assert_allclose
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
 from regrowth.files import read_json
+from regrowth.kernels.recipe import Fallback
 from regrowth.parallel.plan import ParallelPlan
 from regrowth.pretrain import conformance
 from regrowth.pretrain.checkpoint_folders import list_checkpoints
@@ -18,6 +20,7 @@ from regrowth.pretrain.config import load_config
 from regrowth.pretrain.conformance import Setting
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
 from regrowth.pretrain.precision import linear_names, load_recipe, shipped
+from regrowth.pretrain.precision_state import PrecisionState
 from regrowth.pretrain.report.build import write_report
 from regrowth.pretrain.run_folder import RunFolder
 from tests.pretrain.helpers import Ranks, cut_back, go, losses, new_run
@@ -67,6 +70,9 @@ def test_names_of_linears_are_the_models() -> None:
         ('[ffn]\nestimator = "dge"', r'estimator = "dge" stands for the rounding of the weight; give forward\.b a format'),
         ('wide = ["layers.*.atn.*"]', r'"layers\.\*\.atn\.\*" names no linear of the model; did you mean "layers'),
         ('[ffn]\nforward = { a = "e4m3", b = "e4m3", hadamard = 128 }', r"model\.width = 192 is not a multiple of the precision recipe's Hadamard transforms of 128"),
+        ('[ffn]\nestimator = "trust"\nforward = { a = "e4m3", b = "e4m3" }', r'estimator = "trust" is about what scale = "rms" clips'),
+        ('[ffn]\nestimator = "dge"\nforward = { a = "e4m3", b = "e4m3", hadamard = 32 }', r"leave forward\.hadamard and scale"),
+        ('[quantizers]\nt = { format = "e4m3", granularity = "tile", block = 96 }\n[ffn]\nforward = { a = "t", b = "e4m3" }', r"loader\.sequence_length / chunks = 256 is not a multiple"),
         ("[fallback]\nevery = 0", r"fallback: `every` is at least 1"),
     ],
 )  # fmt: skip
@@ -87,6 +93,8 @@ def test_a_recipe_of_ones_own_is_taken_into_the_runs_config(tmp_path: Path) -> N
         and recipe.of("layers.0.attn.wo", "attention", 2).is_high
         and not recipe.of("layers.0.attn.wq", "attention", 2).is_high
     )
+    changed = type(config.precision).model_validate({**config.precision.model_dump(), "recipe": "fp8_rowwise"})
+    assert changed.build().name == "fp8_rowwise", "a recipe that is named takes the place of the one that the run kept"
     with pytest.raises(UserError, match=r"nowhere\.toml: there is no such config"):
         load_config("quickstart", ["precision.recipe=nowhere.toml"])
 
@@ -105,6 +113,11 @@ def test_delayed_scales_are_in_the_checkpoint_and_a_resumed_run_is_the_same(corp
     assert losses(run) == whole and not [e for e in run.rows("events") if e["event"] == "scales begin anew"]
     two = run_of(corpus, tmp_path / "two", ranks, precision={"recipe": "fp8_delayed"}, parallel={"dp_shard": 2, "micro_batch": 4})
     assert_allclose(losses(two), whole, rtol=2e-3)
+    theirs = read_json(list_checkpoints(two.path)[-1] / "trainer.json")["precision"]["scales"]
+    for name, operands in scales.items():  # of the first step, before the last bits part: the largest over both ranks
+        assert_allclose(theirs[name]["forward.b"][7], operands["forward.b"][7], rtol=1e-6)
+    assert_allclose(theirs["layers.0.attn.wq"]["forward.a"][7], scales["layers.0.attn.wq"]["forward.a"][7], rtol=1e-6)
+    assert_allclose(theirs["layers.1.ffn.w_down"]["dgrad.a"][7], scales["layers.1.ffn.w_down"]["dgrad.a"][7], rtol=2e-2)
 
 
 @pytest.mark.parametrize("plan", [{"dp_shard": 2, "micro_batch": 2}, {"pp": 2, "micro_batch": 2, "recompute": "full"}], ids=str)
@@ -151,6 +164,30 @@ def test_a_growth_begins_its_scales_anew(corpus: Corpus, tmp_path: Path, ranks: 
     assert [e["step"] for e in run.rows("events") if e["event"] == "scales begin anew"] == [4]
     assert len(scales) == 4 * 7
     assert all(sum(x > 0 for x in past) == 4 for operands in scales.values() for past in operands.values()), "of the four steps after it"
+
+
+def test_evaluations_before_the_first_step_are_of_the_recipe(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
+    """The final one is made again after a stop, and says the same; fp32 would say something else."""
+    run = run_of(corpus, tmp_path, ranks, precision={"recipe": "mxfp4_quartet"})
+    first = run.rows("evaluations")[-1]
+    events = [e for e in run.rows("events") if e["event"] != "finished"]
+    (run.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    (run.path / "evaluations.jsonl").unlink()
+    go(run, corpus, ranks)
+    assert run.rows("evaluations")[-1]["loss"] == first["loss"]
+
+
+def test_what_fell_under_another_recipe_is_forgotten() -> None:
+    fallback = Fallback(every=1, error=0.01)
+    model = ModelConfig(**MODEL, tied=True)  # type: ignore[arg-type]
+    first, same, other = (
+        PrecisionState(replace(load_recipe(name), fallback=fallback), model, 0, torch.device("cpu"))
+        for name in ("fp4_paper", "fp4_paper", "fp8_rowwise")
+    )
+    first.fallen = ["layers.0.ffn.w_up"]
+    same.load_state_dict(first.state_dict())
+    other.load_state_dict(first.state_dict())
+    assert same.fallen == first.fallen and other.fallen == []
 
 
 def test_the_forward_pass_alone_may_go_wide_at_the_end(corpus: Corpus, tmp_path: Path, ranks: Ranks) -> None:
@@ -200,3 +237,8 @@ def test_linears_that_would_be_slower_stay_wide_and_the_others_are_given_to_the_
     given = {name for name, module in model.named_modules() if getattr(module, "hardware", False)}
     assert given == {f"layers.0.attn.{w}" for w in ("wq", "wk", "wv", "wo")}, "the last block is wide"
     assert products.choose_products([model], recipe, "emulated", 2, 128, torch.device("cpu")) == {}
+    monkeypatch.setattr(products.hardware, "gain", lambda *_: 1 / 0)  # a run that goes on measures nothing again
+    assert products.choose_products([model], recipe, "auto", 2, 128, torch.device("cpu"), chosen=["layers.0.attn.wo"]) == {}
+    assert {name for name, module in model.named_modules() if getattr(module, "hardware", False)} == {
+        n for n in linear_names(model.config) if n.startswith("layers.0") and n != "layers.0.attn.wo"
+    }
