@@ -68,7 +68,7 @@ def grow_checkpoint(
         source_model = {"source": state.model.model_dump(mode="json")} if plan.operators[-1].op == "random_pad" else {}  # for its ramp
         lineage = state.lineage.grown(identity, {**plan.describe(), **sizes, **source_model})
         # Losses of the smaller model are no measure for the larger one, and its layers are others: scales and errors begin anew.
-        trainer = {**state.trainer, "guard": {}, "precision": {}}
+        trainer = {key: value for key, value in state.trainer.items() if key != "precision"} | {"guard": {}}
         grown = CheckpointState(shapes[-1], lineage, state.loader, trainer)
         ranks.first(lambda: _finish(partial, target, grown))
     return grown
