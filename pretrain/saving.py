@@ -48,10 +48,11 @@ class Saving:
             self._note(saved)
         barrier()
 
-    def note_finished(self) -> None:
-        """Tell of the checkpoint on its way, if it stands by now."""
+    def note_finished(self) -> bool:
+        """Tell of the checkpoint on its way, if it stands by now; whether it does."""
         if (saved := self.background.finished()) is not None:
             self._note(saved)
+        return saved is not None
 
     def fail(self) -> NoReturn:
         """After any rank's write has failed: raise it where it did, and a letter elsewhere.

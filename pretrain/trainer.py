@@ -214,7 +214,10 @@ class Trainer:
         Raises:
             RunFailed: on all ranks, if the checkpoint on its way could not be written by one of them.
         """
-        self.saving.note_finished()
+        if self.saving.note_finished():
+            self.heart.enter(
+                "data"
+            )  # old checkpoints are removed: who waits from here on waits for a rank, and not for as long as a disk may take
         plan = self.config.parallel
         copies = plan.world_size // plan.data_ranks  # ranks that read the same sequences
         mine = [tokens / copies, weight / copies, float(self.asked_to_stop()), float(self.saving.background.failed)]

@@ -167,3 +167,28 @@ def test_a_checkpoint_of_another_corpus_is_refused(run: RunFolder, corpus: Corpu
     cut_back(run, 8)
     with pytest.raises(RankError, match="loader state is of another corpus"):
         go(run, other, ranks)
+
+
+def test_a_rank_that_has_removed_old_checkpoints_waits_for_the_others_as_any_rank_does(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the phase of a checkpoint, which may last long, a hang of another rank would be found as late."""
+    from regrowth.pretrain.saving import Saving
+    from regrowth.pretrain.train import Trainer, train
+
+    phases: list[tuple[bool, str]] = []
+    noted: list[bool] = []
+    note, exchange = Saving.note_finished, Trainer._exchange
+    monkeypatch.setattr(Saving, "note_finished", lambda self: noted.append(note(self)) or noted[-1])
+
+    def exchanged(self: Trainer, *args: float) -> tuple[int, float, bool]:
+        if thread := self.saving.background._thread:
+            thread.join()
+        out = exchange(self, *args)
+        phases.append((noted[-1], self.heart._at[1]))  # type: ignore[index]
+        return out
+
+    monkeypatch.setattr(Trainer, "_exchange", exchanged)
+    run = new_run(corpus, tmp_path)
+    train(run.path, corpus.folder)  # one rank, in this process
+    assert (True, "data") in phases and {phase for _, phase in phases} == {"data"}
