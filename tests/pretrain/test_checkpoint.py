@@ -181,10 +181,10 @@ def test_a_rank_that_has_removed_old_checkpoints_waits_for_the_others_as_any_ran
     note, exchange = Saving.note_finished, Trainer._exchange
     monkeypatch.setattr(Saving, "note_finished", lambda self: noted.append(note(self)) or noted[-1])
 
-    def exchanged(self: Trainer, *args: float) -> tuple[int, float, bool]:
+    def exchanged(self: Trainer, tokens: int, weight: float) -> tuple[int, float, bool]:
         if thread := self.saving.background._thread:
             thread.join()
-        out = exchange(self, *args)
+        out = exchange(self, tokens, weight)
         phases.append((noted[-1], self.heart._at[1]))  # type: ignore[index]
         return out
 
