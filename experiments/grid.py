@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -135,6 +136,17 @@ class Grid:
         return fingerprint(
             self.config(Path("anywhere"), name, seed).model_dump(mode="json", exclude={"data": {"sources"}}, exclude_unset=True)
         )
+
+
+def real_text(out: Path) -> dict[str, Any]:
+    """The `data` of a run: twelve domains of real text, prepared once below a folder for all runs."""
+    return {
+        "out": str(out / "prepared"),
+        "name": "twelve",
+        "sources": [{"kind": "jsonl", "path": str(DATA / "corpora")}],
+        "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
+        "heldout_fraction": 0.08,
+    }
 
 
 def parser(description: str | None, name: str, seeds: int) -> argparse.ArgumentParser:

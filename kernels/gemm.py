@@ -105,21 +105,19 @@ class Call:
         amax = None
         if quantizer.scale == "delayed" and site is not None and site.history is not None:
             amax = site.history.amax(site.name, f"{gemm}.{side}", quantizer.amax(x, groups), self.training, quantizer.history)
-        if self.hardware and x.numel() and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry):
-            assert quantizer.format is not None
-            values, scale = quantizer.quantize(x, groups, random, amax)
-            rounded = Rounded(values.to(hardware.TYPES[quantizer.format]), scale=scale)
-            if site is not None and site.errors is not None and self.training:
-                site.errors.add(site.name, f"{gemm}.{side}", x, quantizer.restore(values, scale))
-            return rounded
-        if mask:
-            values, scale = quantizer.quantize(x, groups, random, amax)
-            rounded = Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
+        taken = self.hardware and x.numel() > 0 and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry)
+        if not taken and not mask:
+            made = Rounded(quantizer.emulate(x, groups, random, amax))
         else:
-            rounded = Rounded(quantizer.emulate(x, groups, random, amax))
+            values, scale = quantizer.quantize(x, groups, random, amax)
+            if taken:
+                made = Rounded(values.to(hardware.TYPES[quantizer.format]), scale=scale)
+            else:
+                made = Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
         if site is not None and site.errors is not None and self.training:
-            site.errors.add(site.name, f"{gemm}.{side}", x, rounded.value)
-        return rounded
+            rounded = made.value if made.scale is None else quantizer.restore(made.value.float(), made.scale)
+            site.errors.add(site.name, f"{gemm}.{side}", x, rounded)
+        return made
 
     def untransform(self, gemm: Gemm, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of an operand from that of the transformed one."""

@@ -5,7 +5,8 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -58,6 +59,14 @@ class Heartbeat:
     def enter(self, phase: Phase) -> None:
         """Another phase of the same step."""
         self.beat(self._at[0] if self._at else 0, phase)
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """A phase within another, to which it returns: who waits for others afterwards waits in that one."""
+        before = self._at[1] if self._at else "startup"
+        self.enter(phase)
+        yield
+        self.enter(before)
 
     def close(self) -> None:
         """Give no further sign."""

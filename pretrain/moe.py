@@ -127,7 +127,9 @@ class Experts(nn.Module):
         indices = [None] * len(counts) if index_N is None else index_N.split(counts)
         first, parts = self.ep_rank * len(weight), []
         for expert, (part, matrix, index) in enumerate(zip(rows.split(counts), weight.unbind(0), indices, strict=True), first):
-            site = replace(self.site, name=f"{self.site.name}.{name}", part=expert, tokens=index)
+            # Only where it matters: a site is every layer's own, and would have each of them compiled.
+            needed = self.precision.draws or self.site.remembers
+            site = replace(self.site, name=f"{self.site.name}.{name}", part=expert, tokens=index) if needed else None
             parts.append(low_precision_linear(part, matrix, self.precision, cut, site))
         return torch.cat(parts)
 

@@ -68,7 +68,6 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in (recipe_folder() / "precision").glob("*.toml"))
 
 
-@cache
 def load_recipe(name: str) -> PrecisionRecipe:
     """A recipe by name, or from a file by path (`.toml`); "full" rounds nothing.
 
@@ -77,9 +76,24 @@ def load_recipe(name: str) -> PrecisionRecipe:
     """
     if name == FULL.name:
         return FULL
-    path = Path(name) if name.endswith(".toml") else recipe_folder() / "precision" / f"{name}.toml"
-    if not name.endswith(".toml") and not path.exists():
+    if not name.endswith(".toml"):
+        return _shipped(name)
+    if not Path(name).exists():
+        raise UserError(
+            f"{name}: there is no such file. Give a path to a TOML file or the name of a recipe ({', '.join([FULL.name, *shipped()])})."
+        )
+    return _read(Path(name))
+
+
+@cache
+def _shipped(name: str) -> PrecisionRecipe:
+    path = recipe_folder() / "precision" / f"{name}.toml"
+    if not path.exists():
         raise UserError(f'precision.recipe = "{name}": no such recipe; {nearest(name, [FULL.name, *shipped()])}')
+    return _read(path)
+
+
+def _read(path: Path) -> PrecisionRecipe:
     try:
         return validate(PrecisionRecipe, expand(read_toml(path)), str(path))
     except ValueError as error:
@@ -112,7 +126,7 @@ def check_fits(recipe: PrecisionRecipe, model: ModelConfig, plan: ParallelPlan, 
     for pattern in recipe.wide:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f'precision.wide: "{pattern}" names no linear of the model; {nearest(pattern, names)}. `*` stands for anything: "*.attn.wo"'
+                f'precision.wide: "{pattern}" names no linear of the model; {nearest(pattern, names)} (`*` stands for anything: "*.attn.wo")'
             )
     # The second matrix of a pair is cut along what it contracts, the first along what its input gradient contracts.
     attention = {

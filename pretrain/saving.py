@@ -1,6 +1,7 @@
 """When a run's checkpoints are written, and what is told of them; how, is `background`'s and `checkpoint`'s."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from regrowth.errors import RunFailed
@@ -18,10 +19,10 @@ class Saving:
 
     Args:
         at: the step of the checkpoint that the run starts from, -1 without one.
-        pruning: called before old checkpoints are removed, which may take long.
+        pruning: entered while old checkpoints are removed, which may take long.
     """
 
-    def __init__(self, config: RunConfig, records: Records, at: int, pruning: Callable[[], None]) -> None:
+    def __init__(self, config: RunConfig, records: Records, at: int, pruning: Callable[[], AbstractContextManager[None]]) -> None:
         self.config, self.records, self.at, self.pruning = config, records, at, pruning
         self.background = BackgroundSaver(config.parallel.world_size, config.run.timeout_seconds)
 
@@ -48,11 +49,10 @@ class Saving:
             self._note(saved)
         barrier()
 
-    def note_finished(self) -> bool:
-        """Tell of the checkpoint on its way, if it stands by now; whether it does."""
+    def note_finished(self) -> None:
+        """Tell of the checkpoint on its way, if it stands by now."""
         if (saved := self.background.finished()) is not None:
             self._note(saved)
-        return saved is not None
 
     def fail(self) -> NoReturn:
         """After any rank's write has failed: raise it where it did, and a letter elsewhere.
@@ -65,7 +65,7 @@ class Saving:
 
     def _note(self, saved: Saved) -> None:
         if self.records.rank == 0:
-            self.pruning()
-            prune(self.records.run.path, self.config.checkpoint.keep)
+            with self.pruning():
+                prune(self.records.run.path, self.config.checkpoint.keep)
         seconds, stall = round(saved.write_seconds, 3), round(saved.stall_seconds, 3)
         self.records.event("checkpoint", step=saved.step, path=saved.path.name, seconds=seconds, stall=stall)

@@ -63,7 +63,7 @@ class Trainer:
             checkpoint = on_first_rank(self._where_to_start)
         self.plan.follow(checkpoint)
         self.session = Session(self.config, corpus, self.plan.mesh, checkpoint)
-        self.saving = Saving(self.config, self.records, self.session.step if checkpoint else -1, lambda: self.heart.enter("checkpoint"))
+        self.saving = Saving(self.config, self.records, self.session.step if checkpoint else -1, lambda: self.heart.during("checkpoint"))
         if checkpoint:
             self.guard.load_state_dict(self.session.trainer_state.get("guard", {}))
         self.records.decided_by(self.session.step, self.session.loader)
@@ -214,10 +214,7 @@ class Trainer:
         Raises:
             RunFailed: on all ranks, if the checkpoint on its way could not be written by one of them.
         """
-        if self.saving.note_finished():
-            self.heart.enter(
-                "data"
-            )  # old checkpoints are removed: who waits from here on waits for a rank, and not for as long as a disk may take
+        self.saving.note_finished()
         plan = self.config.parallel
         copies = plan.world_size // plan.data_ranks  # ranks that read the same sequences
         mine = [tokens / copies, weight / copies, float(self.asked_to_stop()), float(self.saving.background.failed)]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import DATA, Curve, carry_out, macro, parser, points, spell
+from grid import Curve, carry_out, macro, parser, points, real_text, spell
 
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.growth.plan import GrowthPlan
@@ -103,13 +103,7 @@ def config(out: Path, name: str, seed: int) -> RunConfig:
     row, (base, steps) = ROWS[name], steps_of(name)
     values = {
         "run": {"name": f"{name}-{seed}", "folder": str(out / "runs"), "steps": steps, "seed": seed, "threads": 1},
-        "data": {
-            "out": str(out / "prepared"),
-            "name": "twelve",
-            "sources": [{"kind": "jsonl", "path": str(DATA / "corpora")}],
-            "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
-            "heldout_fraction": 0.08,
-        },
+        "data": real_text(out),
         "loader": {"sequence_length": LENGTH, "global_batch": TOKENS // LENGTH, "unit_sequences": 2, "seed": seed},
         "model": row.get("base", LARGE),
         "optimizer": {"lr": row.get("lr", LR)},

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import DATA, carry_out, macro, parser, spell, steps_to
+from grid import carry_out, macro, parser, real_text, spell, steps_to
 
 from regrowth.pretrain.config import RunConfig
 
@@ -37,13 +37,7 @@ def config(out: Path, policy: str, seed: int) -> RunConfig:
     """The run of a policy and a seed: 0.9M parameters besides the embedding's, 250 steps of 8,192 tokens."""
     values = {
         "run": {"name": f"{policy}-{seed}", "folder": str(out / "runs"), "steps": STEPS, "seed": seed, "threads": 1},
-        "data": {
-            "out": str(out / "prepared"),
-            "name": "twelve",
-            "sources": [{"kind": "jsonl", "path": str(DATA / "corpora")}],
-            "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
-            "heldout_fraction": 0.08,
-        },
+        "data": real_text(out),
         "loader": {"sequence_length": 256, "global_batch": 32, "unit_sequences": 2, "seed": seed},
         "mixing": POLICIES[policy],
         "model": {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 32, "ffn_width": 384},

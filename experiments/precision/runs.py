@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import DATA, Curve, carry_out, parser, points, spell
+from grid import Curve, carry_out, parser, points, real_text, spell
 
 from regrowth.files import read_json
 from regrowth.pretrain.config import RunConfig
@@ -48,13 +48,7 @@ def config(out: Path, name: str, seed: int) -> RunConfig:
     """The run of a row and a seed."""
     return RunConfig.model_validate({
         "run": {"name": f"{name}-{seed}", "folder": str(out / "runs"), "steps": STEPS, "seed": seed, "threads": 1},
-        "data": {
-            "out": str(out / "prepared"),
-            "name": "twelve",
-            "sources": [{"kind": "jsonl", "path": str(DATA / "corpora")}],
-            "tokenizer": {"vocabulary": 2048, "sample_megabytes": 8.0},
-            "heldout_fraction": 0.08,
-        },
+        "data": real_text(out),
         "loader": {"sequence_length": LENGTH, "global_batch": TOKENS // LENGTH, "unit_sequences": 2, "seed": seed},
         "model": MODEL,
         "optimizer": {"lr": 2e-3},

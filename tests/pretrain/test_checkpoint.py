@@ -177,15 +177,16 @@ def test_a_rank_that_has_removed_old_checkpoints_waits_for_the_others_as_any_ran
     from regrowth.pretrain.train import Trainer, train
 
     phases: list[tuple[bool, str]] = []
-    noted: list[bool] = []
-    note, exchange = Saving.note_finished, Trainer._exchange
-    monkeypatch.setattr(Saving, "note_finished", lambda self: noted.append(note(self)) or noted[-1])
+    noted: list[Saving] = []
+    note, exchange = Saving._note, Trainer._exchange
+    monkeypatch.setattr(Saving, "_note", lambda self, saved: noted.append(self) or note(self, saved))
 
     def exchanged(self: Trainer, tokens: int, weight: float) -> tuple[int, float, bool]:
         if thread := self.saving.background._thread:
             thread.join()
+        noted.clear()
         out = exchange(self, tokens, weight)
-        phases.append((noted[-1], self.heart._at[1]))  # type: ignore[index]
+        phases.append((bool(noted), self.heart._at[1]))  # type: ignore[index]
         return out
 
     monkeypatch.setattr(Trainer, "_exchange", exchanged)

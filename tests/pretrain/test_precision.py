@@ -78,7 +78,6 @@ def test_names_of_linears_are_the_models() -> None:
 )  # fmt: skip
 def test_a_wrong_recipe_is_told_by_key_value_and_remedy(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(text)
-    load_recipe.cache_clear()
     with pytest.raises(UserError, match=told):
         load_config("quickstart", [f"precision.recipe={tmp_path / 'mine.toml'}"])
 
@@ -95,7 +94,9 @@ def test_a_recipe_of_ones_own_is_taken_into_the_runs_config(tmp_path: Path) -> N
     )
     changed = type(config.precision).model_validate({**config.precision.model_dump(), "recipe": "fp8_rowwise"})
     assert changed.build().name == "fp8_rowwise", "a recipe that is named takes the place of the one that the run kept"
-    with pytest.raises(UserError, match=r"nowhere\.toml: there is no such config"):
+    with pytest.raises(
+        UserError, match=r"nowhere\.toml: there is no such file\. Give a path to a TOML file or the name of a recipe \(full, bf16"
+    ):
         load_config("quickstart", ["precision.recipe=nowhere.toml"])
 
 
