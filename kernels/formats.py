@@ -27,7 +27,7 @@ E4M3 = Format("e4m3", mantissa_bits=3, min_exponent=-6, max=448.0, bits=8)
 E5M2 = Format("e5m2", mantissa_bits=2, min_exponent=-14, max=57344.0, bits=8)
 FORMATS = {f.name: f for f in (E2M1, E4M3, E5M2)}
 
-_EXPONENT_BITS = 0x7F800000
+_EXPONENT_BITS, _NAN_BITS = 0x7F800000, 0x7FC00000
 _PIECE = 1 << 16  # values a thread
 
 
@@ -36,29 +36,44 @@ def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
     """Round fp32 values to the nearest value of `format`, ties to even, saturating; a new fp32 tensor of x's shape."""
     x = x.float()
     out = torch.empty_like(x)
-    for part, to in zip(pieces(x), pieces(out), strict=True):
+    for part, to in pieces(x, out):
         _round(part, format, to)
     return out
 
 
 @torch.no_grad()
-def divide_and_round(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
-    """`round_to(x / scale, format)`, for an fp32 scale that is one number or has as many dims as x."""
+def divide_and_round(
+    x: torch.Tensor, scale: torch.Tensor, format: Format, shrink: float = 1.0, random: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x / scale * shrink, rounded as by `round_to`, or as by `round_stochastic` where there are random bits; in x's strides.
+
+    Args:
+        scale: fp32, one number or of as many dims as x.
+    """
     x = x.float()
     out = torch.empty_like(x)
-    parts = pieces(x)
-    scales = scale.split(len(parts[0])) if scale.dim() and len(scale) > 1 else [scale] * len(parts)
-    for part, by, to in zip(parts, scales, pieces(out), strict=True):
-        _round(torch.div(part, by, out=to), format, to)
+    for part, by, to, *bits in pieces(x, scale, out, *([] if random is None else [random])):
+        torch.div(part, by, out=to)
+        if shrink != 1.0:
+            to.mul_(shrink)
+        _round_stochastic(to, format, bits[0], to) if bits else _round(to, format, to)
     return out
 
 
-def pieces(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x cut along its first dim, so that passes that follow each other find a piece in the cache of a core; whole where that is no gain."""
+def pieces(x: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """x cut along the dim that is slowest in memory, so that passes that follow each other find a piece in the cache of a core; whole where that is no gain.
+
+    Args:
+        others: cut alike, where they have more than one place along that dim.
+    """
     size = _PIECE * torch.get_num_threads()
     if x.device.type != "cpu" or x.numel() <= size or torch.compiler.is_compiling():
-        return (x,)
-    return x.split(max(1, size * len(x) // x.numel()))
+        return [(x, *others)]
+    dim = max(range(x.dim()), key=lambda d: (x.stride(d), -d) if x.shape[d] > 1 else (-1, 0))
+    length = x.shape[dim]
+    step = max(1, size * length // x.numel())
+    cuts = [t.split(step, dim) if t.dim() and t.shape[dim] > 1 else [t] * -(-length // step) for t in (x, *others)]
+    return list(zip(*cuts, strict=True))
 
 
 def _round(x: torch.Tensor, format: Format, out: torch.Tensor) -> torch.Tensor:
@@ -83,20 +98,22 @@ def round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> t
     """
     x = x.float()
     out = torch.empty_like(x)
-    for part, bits, to in zip(pieces(x), pieces(random), pieces(out), strict=True):
-        to.copy_(_round_stochastic(part, format, bits))
+    for part, bits, to in pieces(x, random, out):
+        _round_stochastic(part, format, bits, to)
     return out
 
 
-def _round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor) -> torch.Tensor:
-    smallest, dropped = 2.0**format.min_exponent, (1 << (23 - format.mantissa_bits)) - 1
+def _round_stochastic(x: torch.Tensor, format: Format, random: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Into `out`, which may be x."""
+    smallest = int.from_bytes(struct.pack(">f", 2.0**format.min_exponent))
+    dropped = (1 << (23 - format.mantissa_bits)) - 1
     magnitude = x.abs().clamp_(max=format.max)
-    # Below the smallest normal number the spacing is that of its binade, into which adding it moves a value.
-    offset = (magnitude < smallest).to(torch.float32).mul_(smallest)
+    # Below the smallest normal number the spacing is that of its binade, into which adding it moves a value. Bits of magnitudes, as integers, are in their order.
+    offset = magnitude.view(torch.int32).sub(smallest).bitwise_right_shift_(31).bitwise_and_(smallest).view(torch.float32)
     bits = magnitude.add_(offset).view(torch.int32)
-    bits.add_((random & dropped).to(torch.int32)).bitwise_and_(~dropped)
-    rounded = bits.view(torch.float32).sub_(offset)
-    return torch.where(x.isnan(), x, torch.copysign(rounded, x))
+    # A NaN with its first bit alone stays one, whatever is added to the bits that are dropped.
+    bits.clamp_(max=_NAN_BITS).add_((random & dropped).to(torch.int32)).bitwise_and_(~dropped)
+    return torch.copysign(bits.view(torch.float32).sub_(offset), x, out=out)
 
 
 @torch.no_grad()

@@ -93,8 +93,6 @@ class Call:
         quantizer: Quantizer = getattr(entry, side)
         if entry.is_high:
             return Rounded(x)
-        if transposed:
-            x = x.contiguous()
         if entry.hadamard:
             x = hadamard(x, entry.hadamard, self._signs(gemm, x.device))
         if quantizer.format is None:

@@ -22,24 +22,33 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
     """
     if size not in SIZES or x.shape[-1] % size:
         raise ValueError(f"a Hadamard transform of {size} does not fit a dim of {x.shape[-1]}; sizes are {', '.join(map(str, SIZES))}")
+    x = x.float()
     if not x.numel():
-        return x.float()
-    blocks = x.float().reshape(-1, size)
-    out = torch.empty_like(blocks)
-    for part, to in zip(pieces(blocks), pieces(out), strict=True):
-        to.copy_(_butterflies(part, size, signs))
-    return out.view(x.shape)
+        return x
+    out = torch.empty_like(x)
+    if x.dim() == 2 and x.stride(0) == 1:  # the transpose of what is in memory: the places of a block are rows there
+        for part, to in pieces(x.t().reshape(-1, size, len(x)), out.t().view(-1, size, len(x))):
+            _butterflies(part, signs, to)
+        return out
+    for part, to in pieces(x.reshape(-1, size), out.view(-1, size)):
+        columns = part.t().contiguous()[None]  # a place in all blocks together: long rows to add
+        to.copy_(_butterflies(columns, signs, columns)[0].t())
+    return out
 
 
-def _butterflies(blocks: torch.Tensor, size: int, signs: torch.Tensor | None) -> torch.Tensor:
-    columns = blocks.t() if signs is None else blocks.t() * signs[:, None]  # a place in all blocks together: long rows to add
-    columns = columns.contiguous()
+def _butterflies(rows: torch.Tensor, signs: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """Of [groups, size, n] along the second dim, into `out`, which may be the same."""
+    size = rows.shape[1]
+    here, there = (rows if signs is None else rows * signs[:, None]), torch.empty_like(rows)
     stride = 1
     while stride < size:
-        first, second = columns.view(size // (2 * stride), 2, stride, -1).unbind(1)
-        columns = torch.stack((first + second, first - second), dim=1).view(size, -1)
+        halves = (t.view(len(t), size // (2 * stride), 2, stride, -1).unbind(2) for t in (here, there))
+        (first, second), (sums, differences) = halves
+        torch.add(first, second, out=sums)
+        torch.sub(first, second, out=differences)
+        here, there = there, (torch.empty_like(rows) if here is rows else here)
         stride *= 2
-    return columns.mul_(size**-0.5).t()
+    return torch.mul(here, size**-0.5, out=out)
 
 
 @torch.no_grad()

@@ -52,8 +52,8 @@ def product(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: to
     if a_scale.numel() == 1 and b_scale.numel() == 1:
         scales = a_scale.reshape(()), b_scale.reshape(())
     else:
-        scales = a_scale.reshape(-1, 1), b_scale.reshape(1, -1)
-    out = torch._scaled_mm(rows, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype)
+        scales = a_scale.flatten()[:, None], b_scale.flatten()[None]
+    out = torch._scaled_mm(rows.contiguous(), b.contiguous().t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype)
     return out.view(*a.shape[:-1], len(b))
 
 

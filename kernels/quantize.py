@@ -8,6 +8,7 @@ that overflowed is not to look like one that did not.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -76,19 +77,16 @@ class Quantizer:
         """
         assert self.format is not None
         if self.scale == "rms":
-            grouped = _grouped(x, self)
-            precise = grouped.float() if grouped.device.type == "cpu" else grouped.double()  # torch sums fp32 in fp64 on a CPU alone
-            dims = -1 if self.granularity == "block" else (-3, -1)
-            return self._rms_scale(precise.var(dim=dims, correction=0, keepdim=True).float().sqrt())
+            return self._rms_scale(_reduced(_grouped(x, self), (-1,) if self.granularity == "block" else (-3, -1), _variance).sqrt_())
         return self._scale_of(self.amax(x, groups) if amax is None else amax, groups)
 
     def amax(self, x: "torch.Tensor", groups: "AmaxGroups | None" = None) -> "torch.Tensor":
         """fp32, the largest magnitude of each group, in the shape of `scales`."""
-        grouped, dims = _grouped(x, self), {"tensor": None, "row": -1, "block": -1, "tile": (-3, -1)}[self.granularity]
+        grouped, dims = _grouped(x, self), {"tensor": None, "row": (-1,), "block": (-1,), "tile": (-3, -1)}[self.granularity]
         if dims is None:
             amax = _largest(grouped) if grouped.numel() else grouped.new_zeros(())
         elif grouped.numel():
-            amax = _largest(grouped, dims, keepdim=True)
+            amax = _reduced(grouped, dims, _largest)
         else:  # an expert without tokens: its ranks' slices may have some
             amax = grouped.new_zeros((*grouped.shape[:-1], 1))
         _reduce(amax, None if groups is None else {"tensor": groups.tensor, "row": groups.row}.get(self.granularity))
@@ -141,21 +139,14 @@ class Quantizer:
         Raises:
             ValueError: a block or a tile does not divide its dims; stochastic rounding without random bits.
         """
-        from regrowth.kernels.formats import FORMATS, divide_and_round, round_stochastic, round_to
+        from regrowth.kernels.formats import FORMATS, divide_and_round
 
         assert self.format is not None
-        scale, format = self.scales(x, groups, amax), FORMATS[self.format]
-        grouped = _grouped(x.float(), self)
-        if self.rounding == "nearest" and self.shrink == 1.0:
-            return divide_and_round(grouped, scale, format).reshape(x.shape), scale
-        scaled = grouped / scale
-        if self.shrink != 1.0:
-            scaled.mul_(self.shrink)
-        if self.rounding == "nearest":
-            return round_to(scaled, format).reshape(x.shape), scale
-        if random is None:
+        if self.rounding == "stochastic" and random is None:
             raise ValueError('rounding = "stochastic" needs random bits')
-        return round_stochastic(scaled.reshape(x.shape), format, random), scale
+        scale = self.scales(x, groups, amax)
+        bits = None if random is None or self.rounding == "nearest" else _grouped(random, self)
+        return divide_and_round(_grouped(x.float(), self), scale, FORMATS[self.format], self.shrink, bits).reshape(x.shape), scale
 
     def emulate(
         self,
@@ -176,8 +167,14 @@ class Quantizer:
 
     def restore(self, values: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
         """fp32: values of the format times their scales. `values` is written over."""
-        rounded = _grouped(values, self).mul_(scale).reshape(values.shape)
-        return rounded if self.shrink == 1.0 else over(rounded, self.shrink)
+        from regrowth.kernels.formats import pieces
+
+        grouped = _grouped(values, self)
+        for part, by in pieces(grouped, scale):
+            part.mul_(by)
+            if self.shrink != 1.0:
+                part.div_(_number(self.shrink, part))
+        return grouped.reshape(values.shape)
 
     def in_units_of(self, scale: "torch.Tensor", x: "torch.Tensor") -> "torch.Tensor":
         """x over its scales."""
@@ -191,17 +188,39 @@ class Quantizer:
         return (_grouped(x, self).abs() < scale * FORMATS[self.format].max).reshape(x.shape)
 
 
-def _largest(x: "torch.Tensor", dims: int | tuple[int, ...] = (), keepdim: bool = False) -> "torch.Tensor":
-    """The largest magnitude; two reductions and no tensor of magnitudes between."""
-    least = x.amin(dims, keepdim)
-    return x.amax(dims, keepdim).maximum(least.neg_()).abs_()  # the sign of zero and NaN
+def _reduced(
+    x: "torch.Tensor", dims: tuple[int, ...], reduce: Callable[..., "torch.Tensor"]
+) -> "torch.Tensor":
+    """A reduction that keeps its dims, taken and laid out in the order that x has in memory: of a transpose it would take ten times as long."""
+    if x.is_contiguous():
+        return reduce(x, dims)
+    order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    there = reduce(x.permute(order), tuple(order.index(dim % x.dim()) for dim in dims))
+    return there.permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _largest(x: "torch.Tensor", dims: tuple[int, ...] = ()) -> "torch.Tensor":
+    """The largest magnitude, of all or along dims that are kept; two reductions and no tensor of magnitudes between."""
+    least = x.amin(dims, keepdim=bool(dims))
+    return x.amax(dims, keepdim=bool(dims)).maximum(least.neg_()).abs_()  # the sign of zero and NaN
+
+
+def _variance(x: "torch.Tensor", dims: tuple[int, ...]) -> "torch.Tensor":
+    """fp32, along dims that are kept; in fp64 until it is rounded once, so that the order of the sums does not matter."""
+    centred = x.double()
+    centred -= centred.mean(dims, keepdim=True)
+    return centred.square_().mean(dims, keepdim=True).float()
 
 
 def over(x: "torch.Tensor", divisor: float) -> "torch.Tensor":
     """x / divisor, rounded once: by a plain number torch divides on a CPU, and on a GPU multiplies by the number's inverse, whose last bit may be another."""
+    return x / _number(divisor, x)
+
+
+def _number(value: float, like: "torch.Tensor") -> "torch.Tensor":
     import torch
 
-    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _reduce(amax: "torch.Tensor", group: "dist.ProcessGroup | None") -> None:

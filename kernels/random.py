@@ -23,9 +23,11 @@ def random_key(seed: int, purpose: str, step: int = 0, name: str = "") -> int:
 
 def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
     """64 random bits (int64) for each global element index (int64, any shape)."""
-    bits = index * _signed(_GOLDEN)
-    for x in pieces(bits):
-        x.add_(_signed(key))
+    return _finalise((index * _signed(_GOLDEN)).add_(_signed(key)))
+
+
+def _finalise(bits: torch.Tensor) -> torch.Tensor:
+    for (x,) in pieces(bits):
         x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_M1))
         x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_M2))
         x.bitwise_xor_(_shift_right(x, 31))
@@ -40,7 +42,9 @@ def rounding_bits(key: int, rows: torch.Tensor, columns: int, whole: int | None 
         columns: that are here, of `whole`, from `first` on.
     """
     pairs = torch.arange(first // 2, (first + columns + 1) // 2, device=rows.device)
-    bits = random_bits(key, rows[:, None] * (((whole or columns) + 1) // 2) + pairs).view(torch.int32)
+    begin = rows * (((whole or columns) + 1) // 2)
+    # Each element's index times a constant, plus the key: of sums, in integers that wrap, the constant may be multiplied in before.
+    bits = _finalise((begin * _signed(_GOLDEN)).add_(_signed(key))[:, None] + pairs * _signed(_GOLDEN)).view(torch.int32)
     return bits[:, first % 2 : first % 2 + columns]
 
 
