@@ -1,8 +1,8 @@
-"""The reference quantisers beside torchao's on the CPU, and the emulated low-precision linear beside the plain one; every figure a ratio within one run.
+"""The reference quantisers beside torchao's on the CPU, and emulated recipes beside fp32, a linear and a whole training step; every figure a ratio within one run.
 
 Both sides of a pair take turns, and a ratio is the median over the turns: other programs on the machine then slow both. "Quantise" ends with values and
-scales (torchao's values packed as codes, ours in fp32, which the emulation multiplies); "and back" scales them back to fp32. Bars: at least as fast as torchao; a linear of d x d under
-any recipe, forward and backward, at most 3 times the fp32 linear.
+scales (torchao's values packed as codes, ours in fp32, which the emulation multiplies); "and back" scales them back to fp32. A step is of four
+Llama-shaped layers of width d: forward, backward, clipping, AdamW. Bars: at least as fast as torchao; a step under any recipe at most 3 times the fp32 step.
 
     python benchmarks/quantize.py --quick
     python benchmarks/quantize.py --out quantize.json
@@ -25,9 +25,14 @@ from rich.table import Table
 
 from regrowth.kernels.linear import low_precision_linear
 from regrowth.kernels.quantize import Quantizer
+from regrowth.pretrain.build import build_model
+from regrowth.pretrain.conformance import Shape, made_up_batch
+from regrowth.pretrain.initialise import initialise
+from regrowth.pretrain.loss import to_tensors
+from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.precision import load_recipe, shipped
 
-LIMIT = 3.0  # times the fp32 linear
+LIMIT = 3.0  # times the fp32 step
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
@@ -115,10 +120,50 @@ def linears(tokens: int, width: int) -> dict[str, Pair]:
     return found
 
 
+def steps(tokens: int, width: int) -> dict[str, Pair]:
+    """By recipe: (a training step under it, the fp32 step) of one model, on sequences of at most 512 tokens."""
+    length = min(512, tokens)
+    heads = width // 64
+    config = ModelConfig(vocabulary=4096, width=width, layers=4, heads=heads, kv_heads=heads, head_dim=64, ffn_width=11 * width // 4)
+    model = build_model(config, torch.device("cpu")).to_empty(device="cpu")
+    initialise(dict(model.named_parameters()), config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = to_tensors(made_up_batch(0, config.vocabulary, Shape(length, tokens // length)), torch.device("cpu"))
+    count = iter(range(1 << 30))
+
+    def under(name: str) -> Callable[[], None]:
+        recipe = load_recipe(name)
+
+        def step() -> None:
+            model.follow(recipe, 0, next(count))
+            losses = model(batch["tokens"], batch["positions"], batch["doc_ids"], batch["labels"], batch["loss_weight"])[0]
+            (losses.sum() / tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return {name: (under(name), under("full")) for name in shipped() if not load_recipe(name).is_full}
+
+
+def beside_fp32(console: Console, title: str, pairs: dict[str, Pair], turns: int) -> dict[str, Any]:
+    """Time them, and print a row for each."""
+    table, figures = Table("recipe", "ms", "fp32, ms", "times fp32", title=title), {}
+    for name, pair in pairs.items():
+        taken = seconds_of_turns(*pair, turns)
+        ours, plain = (1e3 * statistics.median(column) for column in zip(*taken, strict=True))
+        ratio = statistics.median(a / b for a, b in taken)
+        figures[name] = {"ms": ours, "fp32_ms": plain, "times_fp32": ratio}
+        table.add_row(name, f"{ours:.1f}", f"{plain:.1f}", f"{ratio:.2f}")
+    console.print(table)
+    return figures
+
+
 def main() -> None:
     """Print the tables; write them as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 45 seconds")
+    parser.add_argument("--quick", action="store_true", help="a minute or two")
     parser.add_argument("--rows", type=int, default=2048, help="tokens")
     parser.add_argument("--width", type=int, default=512, help="d of the linear, and values in a row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -133,7 +178,6 @@ def main() -> None:
         "threads": arguments.threads,
         "turns": turns,
         "quantisers": {},
-        "linears": {},
     }
     console = Console(width=120)
     if importlib.util.find_spec("torchao"):
@@ -149,15 +193,15 @@ def main() -> None:
         console.print(table)
     else:
         console.print("quantisers skipped: torchao is not installed (pip install 'regrowth[gpu]')")
-    table = Table("recipe", "ms", "fp32, ms", "times the fp32 linear",
-                  title=f"emulated linear {arguments.width} -> {arguments.width}, {arguments.rows} tokens, forward and backward; the limit is {LIMIT:g}")  # fmt: skip
-    for name, pair in linears(arguments.rows, arguments.width).items():
-        taken = seconds_of_turns(*pair, turns)
-        ours, plain = (1e3 * statistics.median(column) for column in zip(*taken, strict=True))
-        ratio = statistics.median(a / b for a, b in taken)
-        figures["linears"][name] = {"ms": ours, "fp32_ms": plain, "times_fp32": ratio, "limit": LIMIT}
-        table.add_row(name, f"{ours:.1f}", f"{plain:.1f}", f"{ratio:.2f}")
-    console.print(table)
+    what = f"{arguments.rows} tokens, fp32, {arguments.threads} threads"
+    figures["linears"] = beside_fp32(
+        console,
+        f"emulated linear {arguments.width} -> {arguments.width}, {what}, forward and backward",
+        linears(arguments.rows, arguments.width),
+        turns,
+    )
+    title = f"training step, four layers of width {arguments.width}, {what}; the limit is {LIMIT:g}"
+    figures["steps"] = beside_fp32(console, title, steps(arguments.rows, arguments.width), 1 if arguments.quick else 11)
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
 

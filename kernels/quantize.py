@@ -188,9 +188,7 @@ class Quantizer:
         return (_grouped(x, self).abs() < scale * FORMATS[self.format].max).reshape(x.shape)
 
 
-def _reduced(
-    x: "torch.Tensor", dims: tuple[int, ...], reduce: Callable[..., "torch.Tensor"]
-) -> "torch.Tensor":
+def _reduced(x: "torch.Tensor", dims: tuple[int, ...], reduce: Callable[..., "torch.Tensor"]) -> "torch.Tensor":
     """A reduction that keeps its dims, taken and laid out in the order that x has in memory: of a transpose it would take ten times as long."""
     if x.is_contiguous():
         return reduce(x, dims)

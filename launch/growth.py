@@ -18,10 +18,10 @@ from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.evaluate import heldout
 from regrowth.pretrain.growth.average import Kind, average_checkpoints
 from regrowth.pretrain.growth.grow import grow_checkpoint
-from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
+from regrowth.pretrain.growth.plan import GrowthPlan, plan_in_lineage, plan_of
 from regrowth.pretrain.growth.probe import probe
 from regrowth.pretrain.lineage import Parent, read_lineage
-from regrowth.settings import load, parse_overrides, validate
+from regrowth.settings import load, parse_overrides
 
 
 def grow(path: Path, settings: list[str], plan: Path | None, out: Path | None, workers: int, dry_run: bool) -> None:
@@ -137,8 +137,7 @@ def verify_growth(path: Path, parent: Path | None) -> None:
             f"{checkpoint}: not fresh from a growth, so there is none to verify; name a checkpoint that `regrowth grow` wrote, or step-N-grown of a run."
         )
     identity, source = verify(checkpoint)["id"], _parent_of(checkpoint, born, parent)
-    keys = {key: born.operator[key] for key in ("operators", "moments", "seed")}
-    growth = validate(GrowthPlan, keys, f"{checkpoint}/lineage.json")
+    growth = plan_in_lineage(born.operator, f"{checkpoint}/lineage.json")
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".verify-") as folder:
         grow_checkpoint(source, Path(folder) / "again", growth)
         again = identity_of(Path(folder) / "again")

@@ -113,6 +113,11 @@ def linear_names(model: ModelConfig) -> list[str]:
     return names
 
 
+def matrices_of(linear: str) -> list[str]:
+    """What is rounded on its own: stacked experts matrix by matrix."""
+    return [f"{linear}.{matrix}" for matrix in ("w_gate", "w_up", "w_down")] if linear.endswith(".experts") else [linear]
+
+
 def check_fits(recipe: PrecisionRecipe, model: ModelConfig, plan: ParallelPlan, lengths: Iterable[int]) -> None:
     """Whether a recipe fits a model under a plan: its patterns name linears, and its blocks and transforms divide what they run along.
 

@@ -11,7 +11,7 @@ from regrowth.errors import UserError
 from regrowth.kernels.recipe import PrecisionRecipe
 from regrowth.kernels.tables import AmaxHistory, RoundingErrors
 from regrowth.pretrain.model_config import ModelConfig
-from regrowth.pretrain.precision import linear_names
+from regrowth.pretrain.precision import linear_names, matrices_of
 
 
 class PrecisionState:
@@ -23,7 +23,7 @@ class PrecisionState:
         self.fallen: list[str] = []
         self.slow: list[str] | None = None  # wide because low precision would be slower on this device; None until it is measured
         self.begins_anew = False  # whether delayed scales were looked for in a checkpoint that has none
-        names = [part for name in linear_names(model) for part in _matrices(name)]
+        names = [part for name in linear_names(model) for part in matrices_of(name)]
         self.history = AmaxHistory(names, recipe.history, device) if recipe.history else None
         self._errors = RoundingErrors(names, device) if recipe.fallback else None
 
@@ -82,11 +82,6 @@ class PrecisionState:
                 raise UserError(
                     f"the checkpoint's trainer.json: {error}. Resume with another precision.recipe, or from another checkpoint."
                 ) from error
-
-
-def _matrices(name: str) -> list[str]:
-    """What is rounded on its own: stacked experts matrix by matrix."""
-    return [f"{name}.{matrix}" for matrix in ("w_gate", "w_up", "w_down")] if name.endswith(".experts") else [name]
 
 
 def _linear(name: str) -> str:

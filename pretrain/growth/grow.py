@@ -25,6 +25,7 @@ from regrowth.pretrain.checkpoint import FORMAT, CheckpointState, canonical_shap
 from regrowth.pretrain.growth.names import TensorName
 from regrowth.pretrain.growth.operator import GrowthOperator
 from regrowth.pretrain.growth.plan import GrowthPlan
+from regrowth.pretrain.growth.scales import grown_precision
 from regrowth.pretrain.model_config import ModelConfig
 from regrowth.pretrain.tensor_files import TensorFile, TensorReader, TensorSpec, write_safetensors
 
@@ -67,8 +68,10 @@ def grow_checkpoint(
         sizes = {key: [getattr(shapes[0], key), getattr(shapes[-1], key)] for key in ("layers", "width", "parameters")}
         source_model = {"source": state.model.model_dump(mode="json")} if plan.operators[-1].op == "random_pad" else {}  # for its ramp
         lineage = state.lineage.grown(identity, {**plan.describe(), **sizes, **source_model})
-        # Losses of the smaller model are no measure for the larger one, and its layers are others: scales and errors begin anew.
+        # Losses of the smaller model are no measure for the larger one.
         trainer = {key: value for key, value in state.trainer.items() if key != "precision"} | {"guard": {}}
+        if precision := grown_precision(state.trainer.get("precision", {}), plan, state.model):
+            trainer["precision"] = precision
         grown = CheckpointState(shapes[-1], lineage, state.loader, trainer)
         ranks.first(lambda: _finish(partial, target, grown))
     return grown

@@ -1,6 +1,6 @@
 """Which growth: one operator, or a chain of them in a TOML file."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,12 +21,17 @@ Operator = Annotated[
     Field(discriminator="op"),
 ]
 
+_OWN = ("moments", "scales", "seed")
+
 
 class GrowthPlan(Settings):
     """Operators, one after the other, and what becomes of the optimizer's moments."""
 
     operators: Annotated[list[Operator], Field(min_length=1)] = [Stack()]
     moments: Moments = "carry"  # by each operator's rule; "zero": they begin at zero
+    scales: Literal["reset", "carry"] = (
+        "reset"  # delayed scales of low precision: from the first step's own values, or those of the linear that one comes from
+    )
     seed: int = 0  # of noise and fresh weights
 
     @model_validator(mode="after")
@@ -42,6 +47,7 @@ class GrowthPlan(Settings):
             "op": " + ".join(operator.op for operator in self.operators),
             "operators": named,
             "moments": self.moments,
+            "scales": self.scales,
             "seed": self.seed,
         }
 
@@ -67,11 +73,16 @@ class GrowthPlan(Settings):
         return shapes
 
 
+def plan_in_lineage(operator: dict[str, Any], origin: str) -> GrowthPlan:
+    """The plan that a lineage describes, so that it can be done again; one from before a key was there did what is the default now."""
+    return validate(GrowthPlan, {key: operator[key] for key in ("operators", *_OWN) if key in operator}, origin)
+
+
 def plan_of(settings: dict[str, Any], origin: str) -> GrowthPlan:
     """A plan of one operator, from the operator's keys and the plan's own.
 
     Raises:
         UserError: there is no such operator, or a key that is none of its own.
     """
-    own = {key: settings[key] for key in ("moments", "seed") if key in settings}
+    own = {key: settings[key] for key in _OWN if key in settings}
     return validate(GrowthPlan, {"operators": [{"op": "stack"} | {k: v for k, v in settings.items() if k not in own}], **own}, origin)

@@ -7,7 +7,7 @@ from regrowth.kernels.random import normal, random_key
 from regrowth.parallel.dtensor import local_global_index, local_tensor
 from regrowth.parallel.engine import Engine
 from regrowth.pretrain.growth.names import TensorName
-from regrowth.pretrain.growth.plan import GrowthPlan
+from regrowth.pretrain.growth.plan import plan_in_lineage
 from regrowth.pretrain.growth.random_pad import RandomPad
 from regrowth.pretrain.initialise import weight_std
 from regrowth.pretrain.lineage import Lineage, Parent
@@ -65,7 +65,7 @@ def ramp_of(lineage: Lineage, model: ModelConfig, weights: dict[str, torch.Tenso
                             "checkpoint before or after it.")  # fmt: skip
     if last.relation != "grown from" or "source" not in last.operator:
         return None
-    plan = validate(GrowthPlan, {key: last.operator[key] for key in ("operators", "moments", "seed")}, "lineage")
+    plan = plan_in_lineage(last.operator, "lineage")
     operator = plan.operators[-1]
     assert isinstance(operator, RandomPad)
     if step >= first + operator.ramp_steps:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.errors import UserError
-from regrowth.pretrain.checkpoint import load_plain, save_checkpoint, verify
+from regrowth.pretrain.checkpoint import load_plain, read_state, save_checkpoint, verify
 from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.evaluate import heldout
 from regrowth.pretrain.growth import grow as grow_module
@@ -23,6 +24,8 @@ from regrowth.pretrain.growth.plan import GrowthPlan, plan_of
 from regrowth.pretrain.growth.probe import probe
 from regrowth.pretrain.lineage import Lineage, Parent, read_lineage
 from regrowth.pretrain.model_config import ModelConfig
+from regrowth.pretrain.precision import load_recipe
+from regrowth.pretrain.precision_state import PrecisionState
 from regrowth.pretrain.report.build import write_report
 from regrowth.pretrain.report.lineage_graph import lineage_svg
 from regrowth.pretrain.run_folder import RunFolder
@@ -153,6 +156,35 @@ def test_a_growth_onto_sizes_that_the_precision_does_not_take_is_refused_before_
     ):
         new_run(corpus, tmp_path, growth=growth, **fits)
     new_run(corpus, tmp_path, growth=[{"at_step": 2, "operators": [{"op": "zero_pad", "ffn_width": 256}]}], **fits)
+
+
+def test_what_low_precision_learned_of_a_linear_is_its_descendants(grown: RunFolder, tmp_path: Path) -> None:
+    state, weights, moments = load_plain(grown.path / "checkpoints/step-000006")
+    past = {"forward.a": [3.0, 2.0], "dgrad.a": [0.5]}
+    remembered = {
+        "recipe": "fp8_delayed",
+        "wide": ["layers.1.attn.wo"],
+        "slow": ["layers.0.attn.wq"],
+        "scales": {"layers.0.ffn.w_up": past},
+    }
+    learned = replace(state, trainer={**state.trainer, "precision": remembered})
+    save_checkpoint(tmp_path / "learned", weights, moments, learned, alone=True)
+    layers = learned.model.layers
+    chain = [{"op": "stack"}, {"op": "upcycle", "experts": 2}]
+    reset = grow_checkpoint(tmp_path / "learned", tmp_path / "reset", GrowthPlan())
+    carried = grow_checkpoint(
+        tmp_path / "learned", tmp_path / "carried", GrowthPlan.model_validate({"operators": chain, "scales": "carry"})
+    )
+    wide = ["layers.1.attn.wo", f"layers.{1 + layers}.attn.wo"]
+    assert reset.trainer["precision"] == {"recipe": "fp8_delayed", "wide": wide}, "where products are slower is measured again"
+    assert carried.trainer["precision"] == {
+        "recipe": "fp8_delayed", "wide": wide, "scales": {f"layers.{layer}.ffn.experts.w_up": past for layer in (0, layers)},
+    }  # fmt: skip
+    again = PrecisionState(load_recipe("fp8_delayed"), carried.model, 0, torch.device("cpu"))
+    again.load_state_dict(read_state(tmp_path / "carried").trainer["precision"])
+    assert again.fallen == wide and not again.begins_anew
+    assert again.state_dict()["scales"][f"layers.{layers}.ffn.experts.w_up"]["forward.a"][:2] == [3.0, 2.0]
+    assert "precision" not in read_state(grown.path / "checkpoints/step-000006").trainer, "nothing was learned there"
 
 
 def test_several_workers_and_a_growth_that_was_killed_come_to_the_same(
