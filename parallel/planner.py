@@ -55,6 +55,19 @@ def pass_times(model: DecoderSize, recipe: PrecisionRecipe, cluster: Cluster, se
     return recipe_times(recipe, flop_shares(model, sequence_length), cluster.speed.model_dump() if cluster.speed else {}, model.layers)
 
 
+def operand_bytes(model: ModelSize, recipe: PrecisionRecipe, tokens: float, bytes_per_value: int) -> float:
+    """What a layer keeps until its backward pass beyond the activations of a wide one: under the estimator "trust" each linear's two operands as they were rounded, in fp32, and a
+    byte for each value that says whether it was clipped, in the place of inputs that no one else keeps."""
+    attended = model.heads * model.head_dim
+    attention = 5 * (tokens * (3 * model.width + attended) + model.width * (2 * attended + 2 * model.kv_width))
+    ffn = 5 * (tokens * (2 * model.width + model.ffn_width) + 3 * model.width * model.ffn_width)
+    attention -= tokens * bytes_per_value * model.width
+    ffn -= tokens * bytes_per_value * (model.width + model.ffn_width)
+    kept = attention * (recipe.attention.estimator == "trust") + ffn * (recipe.ffn.estimator == "trust")
+    narrow = sum(not recipe.in_wide_block(layer, model.layers) for layer in range(model.layers))
+    return kept * narrow / max(model.layers, 1)
+
+
 def predict(
     model: ModelSize,
     plan: ParallelPlan,
@@ -86,6 +99,9 @@ def predict(
     kept = (kept + (plan.recompute_every - 1) * whole_layer) / plan.recompute_every
     outside = 0 if plan.sequence_parallel or plan.tp == 1 else 4 * model.width  # norms and residuals, whole on every rank
     activations = tokens * bytes_per_value * ((kept - min(outside, kept)) / plan.tp + min(outside, kept)) * layers / plan.pp * in_flight
+    activations += (
+        operand_bytes(model, recipe, tokens, bytes_per_value) / plan.tp * (layers / plan.pp * in_flight if plan.recompute == "none" else 1)
+    )
     # The head: a chunk of logits, and the gradients of hidden states and of the matrix, which are computed beside the loss.
     heads = in_flight if plan.schedule in ("gpipe", "looped_bfs") else 1
     activations += 3 * 2.0**24 + 4.0 * model.width * (tokens + model.vocabulary / plan.tp * heads)

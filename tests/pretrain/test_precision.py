@@ -14,10 +14,14 @@ from regrowth.errors import UserError
 from regrowth.files import read_json
 from regrowth.kernels.recipe import Fallback
 from regrowth.parallel.plan import ParallelPlan
+from regrowth.parallel.planner import operand_bytes
 from regrowth.pretrain import conformance
+from regrowth.pretrain.build import build_model
 from regrowth.pretrain.checkpoint_folders import list_checkpoints
 from regrowth.pretrain.config import load_config
-from regrowth.pretrain.conformance import Setting
+from regrowth.pretrain.conformance import Setting, Shape, made_up_batch
+from regrowth.pretrain.initialise import initialise
+from regrowth.pretrain.loss import to_tensors
 from regrowth.pretrain.model_config import ModelConfig, MoEConfig
 from regrowth.pretrain.precision import linear_names, load_recipe, shipped
 from regrowth.pretrain.precision_state import PrecisionState
@@ -243,3 +247,29 @@ def test_linears_that_would_be_slower_stay_wide_and_the_others_are_given_to_the_
     assert {name for name, module in model.named_modules() if getattr(module, "hardware", False)} == {
         n for n in linear_names(model.config) if n.startswith("layers.0") and n != "layers.0.attn.wo"
     }
+
+
+def test_the_planner_counts_what_quartets_linears_keep() -> None:
+    config = ModelConfig(vocabulary=64, width=64, layers=3, heads=2, kv_heads=1, head_dim=32, ffn_width=128)
+    model = build_model(config, torch.device("cpu")).to_empty(device="cpu")
+    initialise(dict(model.named_parameters()), config, seed=0)
+    x = to_tensors(made_up_batch(0, config.vocabulary, Shape(64, 2)), torch.device("cpu"))
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    def kept(recipe: str) -> int:
+        found: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        model.follow(load_recipe(recipe), 0, 0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x["tokens"], x["positions"], x["doc_ids"], x["labels"], x["loss_weight"])
+        return sum(size for size, _ in found.values())
+
+    more = kept("mxfp4_quartet") - kept("full")
+    assert more == config.layers * operand_bytes(config, load_recipe("mxfp4_quartet"), 128, 4)
+    assert kept("nvfp4") == kept("full") and operand_bytes(config, load_recipe("nvfp4"), 128, 4) == 0
