@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 
-from regrowth.kernels import hardware
+from regrowth.kernels import emulation, hardware
 from regrowth.kernels.formats import Format
 from regrowth.kernels.hadamard import hadamard, inverse_hadamard, random_signs
 from regrowth.kernels.quantize import AmaxGroups, Quantizer
-from regrowth.kernels.random import random_key, rounding_bits
+from regrowth.kernels.random import Stream, random_key
 from regrowth.kernels.recipe import GemmPrecision, LinearPrecision
 from regrowth.kernels.tables import AmaxHistory, RoundingErrors
 
@@ -80,12 +80,20 @@ class Call:
         return a.value.to(dtype) @ b.value.to(dtype).t()
 
     def operand(
-        self, gemm: Gemm, side: Side, x: torch.Tensor, of: Literal["x", "dy", "w"], transposed: bool = False, mask: bool = False
+        self,
+        gemm: Gemm,
+        side: Side,
+        x: torch.Tensor,
+        of: Literal["x", "dy", "w"],
+        dtype: torch.dtype,
+        transposed: bool = False,
+        mask: bool = False,
     ) -> Rounded:
         """An operand of a GEMM, rounded; the dim that is contracted is the last of x.
 
         Args:
             of: what it is: the input [rows, in], the output's gradient [rows, out], the weight [out, in].
+            dtype: that it will be multiplied in.
             transposed: whether x is the transpose of that.
             mask: whether `kept` is wanted.
         """
@@ -93,17 +101,22 @@ class Call:
         quantizer: Quantizer = getattr(entry, side)
         if entry.is_high:
             return Rounded(x)
+        groups: AmaxGroups = getattr(self.cut, gemm)
+        site, signs = self.site, self._signs(gemm, x.device) if entry.hadamard else None
+        errors = site.errors if site is not None and self.training else None
+        stream = self._stream(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
+        taken = self.hardware and x.numel() > 0 and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry)
+        if not (taken or mask or errors) and emulation.takes(x, quantizer, entry.hadamard):
+            return Rounded(emulation.emulate(x, quantizer, entry.hadamard, signs, stream, groups, transposed, dtype))
         if entry.hadamard:
-            x = hadamard(x, entry.hadamard, self._signs(gemm, x.device))
+            x = hadamard(x, entry.hadamard, signs)
         if quantizer.format is None:
             return Rounded(x)
-        groups: AmaxGroups = getattr(self.cut, gemm)
-        site = self.site
-        random = self._random(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
-        amax = None
+        random, amax = None, None
+        if stream is not None:
+            random = stream.bits(len(x)).t() if transposed else stream.bits(x.shape[-1]).reshape(x.shape)
         if quantizer.scale == "delayed" and site is not None and site.history is not None:
             amax = site.history.amax(site.name, f"{gemm}.{side}", quantizer.amax(x, groups), self.training, quantizer.history)
-        taken = self.hardware and x.numel() > 0 and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry)
         if not taken and not mask:
             made = Rounded(quantizer.emulate(x, groups, random, amax))
         else:
@@ -112,9 +125,9 @@ class Call:
                 made = Rounded(values.to(hardware.TYPES[quantizer.format]), scale=scale)
             else:
                 made = Rounded(quantizer.restore(values, scale), quantizer.holds(x, scale))
-        if site is not None and site.errors is not None and self.training:
+        if errors is not None and site is not None:
             rounded = made.value if made.scale is None else quantizer.restore(made.value.float(), made.scale)
-            site.errors.add(site.name, f"{gemm}.{side}", x, rounded)
+            errors.add(site.name, f"{gemm}.{side}", x, rounded)
         return made
 
     def untransform(self, gemm: Gemm, gradient: torch.Tensor) -> torch.Tensor:
@@ -132,8 +145,8 @@ class Call:
         random = (site.seed, "signs", site.step, f"{site.name}.{site.part} {gemm}")
         return random_signs(entry.hadamard, random_key(*random), device)
 
-    def _random(self, gemm: Gemm, side: Side, x: torch.Tensor, of: str, transposed: bool) -> torch.Tensor:
-        """Random bits by the place that a value has in the whole operand."""
+    def _stream(self, gemm: Gemm, side: Side, x: torch.Tensor, of: str, transposed: bool) -> Stream:
+        """What is drawn for an operand, by the place that a value has in the whole of it (before it is transposed)."""
         site = self.site or Site()
         key = random_key(site.seed, "rounding", site.step, f"{site.name}.{site.part} {gemm}.{side}")
         shape = x.shape[::-1] if transposed else (x.numel() // x.shape[-1] if x.numel() else 0, x.shape[-1])
@@ -145,9 +158,7 @@ class Call:
             rows = site.tokens.flatten()
         cut_columns = cut_out if of == "dy" else cut_in
         whole = shape[1] * (self.cut.ranks if cut_columns else 1)
-        first = self.cut.rank * shape[1] if cut_columns else 0
-        bits = rounding_bits(key, rows, shape[1], whole, first)
-        return bits.t() if transposed else bits.reshape(x.shape)
+        return Stream(key, rows, whole, self.cut.rank * shape[1] if cut_columns else 0)
 
 
 def dge_derivative(x: torch.Tensor, format: Format, power: float = 5.0, cap: float = 3.0) -> torch.Tensor:

@@ -51,8 +51,8 @@ def low_precision_linear(
 def _apply(x: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
     trust = call.precision.estimator == "trust"
     with torch.no_grad():
-        a = call.operand("forward", "a", x, "x", mask=trust)
-        b = call.operand("forward", "b", weight, "w", mask=trust)
+        a = call.operand("forward", "a", x, "x", _product_dtype(x), mask=trust)
+        b = call.operand("forward", "b", weight, "w", _product_dtype(x), mask=trust)
     product = _InputGemm.apply(x, weight.detach(), a, b, call)
     weight_path = _WeightGemm.apply(weight, x.detach(), a, b, call)
     return _Join.apply(product, weight_path)
@@ -63,15 +63,15 @@ _apply_as_it_is: Any = torch.compiler.disable(_apply)
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:
     """dx [..., in] = dy w in dy's dtype; the contracted dim is out, so both operands are grouped along it."""
-    a = call.operand("dgrad", "a", grad, "dy")
-    b = call.operand("dgrad", "b", weight.t(), "w", transposed=True)
+    a = call.operand("dgrad", "a", grad, "dy", grad.dtype)
+    b = call.operand("dgrad", "b", weight.t(), "w", grad.dtype, transposed=True)
     return call.product(a, b, grad.dtype)
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
     """dw [out, in] = dy^T x in dy's dtype; the contracted dim is the tokens, so both operands are grouped along them."""
-    a = call.operand("wgrad", "a", _flat(grad).t(), "dy", transposed=True)
-    b = call.operand("wgrad", "b", _flat(x).t(), "x", transposed=True)
+    a = call.operand("wgrad", "a", _flat(grad).t(), "dy", grad.dtype, transposed=True)
+    b = call.operand("wgrad", "b", _flat(x).t(), "x", grad.dtype, transposed=True)
     return call.product(a, b, grad.dtype)
 
 

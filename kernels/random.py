@@ -6,6 +6,7 @@ over key + index; normals come from Box-Muller in float64 and are rounded once, 
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -32,6 +33,26 @@ def _finalise(bits: torch.Tensor) -> torch.Tensor:
         x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_M2))
         x.bitwise_xor_(_shift_right(x, 31))
     return bits
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What an operand that is rounded by chance draws from: the key, and where its elements lie in the whole operand.
+
+    Attributes:
+        rows: int64 [R], the number of each row there.
+        whole: its columns.
+        first: the first column that is here.
+    """
+
+    key: int
+    rows: torch.Tensor
+    whole: int
+    first: int = 0
+
+    def bits(self, columns: int) -> torch.Tensor:
+        """int32 [R, columns]."""
+        return rounding_bits(self.key, self.rows, columns, self.whole, self.first)
 
 
 def rounding_bits(key: int, rows: torch.Tensor, columns: int, whole: int | None = None, first: int = 0) -> torch.Tensor:
