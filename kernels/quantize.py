@@ -146,7 +146,8 @@ class Quantizer:
             raise ValueError('rounding = "stochastic" needs random bits')
         scale = self.scales(x, groups, amax)
         bits = None if random is None or self.rounding == "nearest" else _grouped(random, self)
-        return divide_and_round(_grouped(x.float(), self), scale, FORMATS[self.format], self.shrink, bits).reshape(x.shape), scale
+        power = self.scale in ("floor", "ceil", "rms")
+        return divide_and_round(_grouped(x.float(), self), scale, FORMATS[self.format], self.shrink, bits, power).reshape(x.shape), scale
 
     def emulate(
         self,
