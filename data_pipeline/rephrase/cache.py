@@ -1,0 +1,119 @@
+"""Answers that were paid for: one SQLite file, which processes share and a crash leaves whole.
+
+An answer is handed on only when it is written here, so that whatever kills the process, nobody pays for it again. Rollback journals without syncing: what a process has committed
+outlives the process, and needs nothing of the file system but locks, where write-ahead logs would need memory shared among all hosts. A power cut may cost the last answers.
+"""
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from regrowth.errors import UserError
+from regrowth.files import disk_full_message
+
+_LAYOUT = 1
+_BUSY_SECONDS = 120.0  # how long another process may hold the lock
+_TABLE = """
+create table if not exists answers (
+    key text primary key, text text not null, finish text not null, error text not null, transient integer not null, attempts integer not null,
+    prompt_tokens integer not null, completion_tokens integer not null, at real not null
+) without rowid
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request: a text, or the error of its last attempt."""
+
+    text: str = ""
+    finish: str = ""  # "stop", "length", ...
+    error: str = ""
+    transient: bool = False  # whether the error might not come again
+    attempts: int = 1
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def request_key(payload: dict[str, Any], *marks: str) -> str:
+    """The name of a request: of all that is sent, and whatever else it stands for (the document, the prompt's version)."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([payload, *marks], sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+class RequestCache:
+    """The answers in a file.
+
+    Raises:
+        UserError: the file is none of these, cannot be written, or stands on a disk that is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._told():
+            self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+            self._connection.execute("pragma journal_mode = truncate")
+            self._connection.execute("pragma synchronous = off")
+            self._connection.execute(_TABLE)
+            layout = self._connection.execute("pragma user_version").fetchone()[0]
+            if layout not in (0, _LAYOUT):
+                raise UserError(f"{path}: a request cache of layout {layout}, this version has {_LAYOUT}. Name another with cache.")
+            self._connection.execute(f"pragma user_version = {_LAYOUT}")
+
+    def find(self, keys: Iterable[str]) -> dict[str, Answer]:
+        """The answers that are there, by key."""
+        found, wanted = {}, list(keys)
+        fields = "text, finish, error, transient, attempts, prompt_tokens, completion_tokens"
+        with self._told():
+            for begin in range(0, len(wanted), 500):
+                some = wanted[begin : begin + 500]
+                marks = ",".join("?" * len(some))
+                for key, *values in self._connection.execute(f"select key, {fields} from answers where key in ({marks})", some):
+                    values[3] = bool(values[3])
+                    found[key] = Answer(*values)
+        return found
+
+    def store(self, answers: Iterable[tuple[str, Answer]]) -> None:
+        """Keep answers, in one transaction; a later one takes the place of an earlier."""
+        now = time.time()
+        rows = [{**asdict(answer), "key": key, "at": now} for key, answer in answers]
+        with self._told():
+            self._connection.execute("begin immediate")
+            try:
+                self._connection.executemany(
+                    "insert or replace into answers values (:key, :text, :finish, :error, :transient, :attempts, :prompt_tokens, :completion_tokens, :at)",
+                    rows,
+                )
+            except BaseException:
+                self._connection.execute("rollback")
+                raise
+            self._connection.execute("commit")
+
+    def spent(self) -> tuple[int, int]:
+        """Tokens of all answers: of prompts, and of completions."""
+        with self._told():
+            total = "coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)"
+            return self._connection.execute(f"select {total} from answers").fetchone()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Any:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise UserError(disk_full_message(self.path)) from error
+            raise UserError(
+                f"{self.path}: {error}. The cache of requests needs a folder that can be written, on a file system with locks."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path}: no request cache ({error}). Move it away, or name another with cache.") from error

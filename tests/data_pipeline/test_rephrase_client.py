@@ -1,0 +1,284 @@
+"""The client of language models: each request is answered once and paid once, whatever servers, networks and people with kill -9 do."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
+from regrowth.data_pipeline.rephrase.client import Client, Request
+from regrowth.data_pipeline.rephrase.config import ServerConfig
+from regrowth.data_pipeline.rephrase.limit import AdaptiveLimit
+from regrowth.errors import RunFailed, UserError
+from tests.data_pipeline.rephrase_server import answer_to
+
+pytest.importorskip("aiohttp", reason="the extra rephrase is not installed")
+
+PROGRAM = Path(__file__).with_name("rephrase_server.py")
+AT_ONCE = 16
+
+
+@dataclass
+class Running:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def answered(self) -> Counter[str]:
+        """How often each message was answered well."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return Counter(json.loads(line)["message"] for line in lines)
+
+
+@contextmanager
+def server(folder: Path, *options: str, port: int = 0) -> Iterator[Running]:
+    log = folder / "answered.jsonl"
+    command = [sys.executable, str(PROGRAM), "--log", str(log), "--port", str(port), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield Running(process, int(process.stdout.readline()), log)
+        finally:
+            process.kill()
+
+
+def requests(count: int) -> list[Request]:
+    return [
+        Request({"messages": [{"role": "user", "content": f"document {i} of some length"}]}, (f"id-{i}", "easy@1")) for i in range(count)
+    ]
+
+
+def expected(count: int) -> list[str]:
+    return [answer_to(f"document {i} of some length") for i in range(count)]
+
+
+def client(folder: Path, *urls: str, budget: int | None = None, retry_errors: bool = False, **settings: Any) -> Client:
+    quick = {"timeout_seconds": 2.0, "first_wait_seconds": 0.02, "first_in_flight": AT_ONCE, "max_in_flight": AT_ONCE}
+    config = ServerConfig.model_validate({"urls": list(urls), "model": "small", **quick, **settings})
+    return Client(config, RequestCache(folder / "cache.sqlite"), budget, retry_errors)
+
+
+def test_each_request_is_answered_and_paid_once_whatever_the_server_does(tmp_path: Path) -> None:
+    with server(tmp_path, "--faults", "0.3", "--seed", "3") as running:
+        told: list[int] = []
+        asking = client(tmp_path, running.url)
+        answers = asking.answers(requests(150), told.append)
+        assert [answer.text for answer in answers] == expected(150) and told == sorted(told) and told[-1] == 150
+        assert set(running.answered().values()) == {1} and len(running.answered()) == 150
+        assert max(answer.attempts for answer in answers) > 1
+        kinds = " ".join(asking.retries)
+        for kind in (
+            "status 500",
+            "no answer within 2 s",
+            "the connection broke",
+            "an answer that is none",
+            'answered by the model "another"',
+        ):
+            assert kind in kinds
+        assert asking.answers(requests(150)) == answers and sum(running.answered().values()) == 150
+        asking.close()
+
+
+def kill_at_random(folder: Path, documents: int, kills: int, seed: int) -> None:
+    """A process that asks for everything is killed and started again; then it is let be."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from tests.data_pipeline.test_rephrase_client import client, requests
+c = client(Path(sys.argv[1]), sys.argv[2])
+print(len([a for a in c.answers(requests(int(sys.argv[3]))) if a.text]), flush=True)
+"""
+    chance = random.Random(seed)
+    with server(folder, "--faults", "0.1", "--seconds", "0.02", "--seed", str(seed)) as running:
+        command = [sys.executable, "-c", code, str(folder), running.url, str(documents)]
+        for kill in range(kills):
+            before, goal = len(running.answered()), documents * (kill + chance.random()) / kills
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                while process.poll() is None and len(running.answered()) < max(goal, before + 1):
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGKILL)
+            assert len(RequestCache(folder / "cache.sqlite").find([])) == 0, "the file is whole"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.stdout.strip() == str(documents), done.stderr
+        answered = running.answered()
+    assert len(answered) == documents
+    # What was under way at a kill has to be asked again: the server had answered, and nobody was there to hear it.
+    assert sum(answered.values()) - documents <= kills * AT_ONCE
+    rows = (
+        sqlite3.connect(folder / "cache.sqlite").execute("select count(*), count(distinct key), sum(error != '') from answers").fetchone()
+    )
+    assert rows == (documents, documents, 0)
+
+
+def test_a_killed_process_pays_nothing_twice(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, documents=200, kills=3, seed=1)
+
+
+@pytest.mark.slow
+def test_two_thousand_documents_and_twelve_kills(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, documents=2000, kills=12, seed=2)
+
+
+def test_a_server_that_goes_and_comes_back_is_waited_for(tmp_path: Path) -> None:
+    with server(tmp_path, "--seconds", "0.05") as running:
+        asking = client(tmp_path, running.url)
+
+        def lose(done: int) -> None:
+            if done >= 20 and running.process.poll() is None:
+                running.process.kill()
+                running.process.wait()
+                again.append(subprocess.Popen([sys.executable, str(PROGRAM), "--port", str(running.port)], stdout=subprocess.DEVNULL))
+
+        again: list[subprocess.Popen[bytes]] = []
+        try:
+            answers = asking.answers(requests(80), lose)
+        finally:
+            for process in again:
+                process.kill()
+                process.wait()
+        assert [answer.text for answer in answers] == expected(80) and again
+        asking.close()
+
+
+def test_a_dead_server_leaves_the_work_to_the_others_and_none_at_all_is_told(tmp_path: Path) -> None:
+    with server(tmp_path) as running:
+        asking = client(tmp_path, "http://127.0.0.1:9/v1", running.url)
+        assert [answer.text for answer in asking.answers(requests(40))] == expected(40)
+        asking.close()
+    nobody = client(tmp_path / "other", "http://127.0.0.1:9/v1", give_up_seconds=1.0)
+    with pytest.raises(RunFailed, match=r"no server has answered for .* s \(http://127\.0\.0\.1:9/v1\)\. What was answered is kept"):
+        nobody.answers(requests(3))
+    assert nobody.cache.spent() == (0, 0)
+    nobody.close()
+
+
+def test_keys_are_read_from_the_environment_and_told_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(tmp_path, "--key", "right") as running:
+        for key, told in (
+            ("", '"THE_KEY": this environment variable is not set'),
+            ("wr0ng-key", "refuses the key .401; the key is in the environment variable THE_KEY"),
+        ):
+            monkeypatch.setenv("THE_KEY", key)
+            asking = client(tmp_path, running.url, key_env="THE_KEY")
+            with pytest.raises(UserError, match=told) as error:
+                asking.answers(requests(3))
+            assert "wr0ng-key" not in str(error.value)
+            asking.close()
+        monkeypatch.setenv("THE_KEY", "right")
+        asking = client(tmp_path, running.url, key_env="THE_KEY")
+        assert asking.answers(requests(1))[0].text == expected(1)[0]
+        asking.close()
+    assert b"right" not in (tmp_path / "cache.sqlite").read_bytes()
+
+
+def test_what_is_refused_is_recorded_and_not_asked_again_unless_told_to(tmp_path: Path) -> None:
+    long = Request({"messages": [{"role": "user", "content": "TOO LONG"}]})
+    with server(tmp_path) as running:
+        first = client(tmp_path, running.url)
+        (refused,) = first.answers([long])
+        assert (
+            refused.error.startswith("status 400")
+            and "maximum context length" in refused.error
+            and not refused.transient
+            and refused.attempts == 1
+        )
+        first.close()
+    again = client(tmp_path, "http://127.0.0.1:9/v1", give_up_seconds=1.0)
+    assert again.answers([long]) == [refused], "nobody is there, and nobody is asked"
+    again.close()
+    insisting = client(tmp_path, "http://127.0.0.1:9/v1", give_up_seconds=1.0, retry_errors=True)
+    with pytest.raises(RunFailed):
+        insisting.answers([long])
+    insisting.close()
+
+
+def test_a_request_that_fails_too_often_is_recorded_with_its_attempts(tmp_path: Path) -> None:
+    with server(tmp_path, "--faults", "1", "--most-faults", "100") as running:
+        asking = client(tmp_path, running.url, attempts=2, timeout_seconds=0.3, give_up_seconds=1.0)
+        answers = asking.answers(requests(12))
+        asking.close()
+    failed = [answer for answer in answers if answer.error]
+    assert failed and all(answer.transient and answer.attempts == 2 for answer in failed)
+
+
+def test_a_budget_ends_the_asking_and_what_was_paid_is_kept(tmp_path: Path) -> None:
+    with server(tmp_path) as running:
+        asking = client(tmp_path, running.url, budget=100)
+        with pytest.raises(RunFailed, match="the budget of 100 tokens is used up"):
+            asking.answers(requests(100))
+        spent = sum(asking.cache.spent())
+        assert 100 <= spent <= 100 + AT_ONCE * 13 and len(running.answered()) == spent // 13
+        asking.close()
+        richer = client(tmp_path, running.url, budget=10_000)
+        assert [answer.text for answer in richer.answers(requests(100))] == expected(100)
+        assert set(running.answered().values()) == {1}
+        richer.close()
+
+
+def test_the_limit_finds_what_a_server_can_take() -> None:
+    """Simulated: a server of 40 places, each of which takes a second an answer."""
+    now = [0.0]
+    limit = AdaptiveLimit(4, 500, lambda: now[0])
+    seen = []
+    for _ in range(400):
+        rate = min(limit.limit, 40)
+        for _ in range(2 * limit.limit):
+            now[0] += 1 / rate
+            before = limit.limit
+            limit.answered()
+            if limit.limit != before:
+                break
+        seen.append(limit.limit)
+    assert all(30 <= its <= 100 for its in seen[20:]) and sorted(seen[20:])[len(seen[20:]) // 2] >= 36
+    for _ in range(200):
+        limit.complained()
+    assert limit.limit == 1
+    for _ in range(2000):
+        now[0] += 1 / min(limit.limit, 40)
+        limit.answered()
+    assert limit.limit >= 30, "it rises again when the server is well"
+
+
+def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("this is no database, but a text that is long enough to be taken for one" * 20)
+    with pytest.raises(UserError, match=r"text: no request cache \(file is not a database\)"):
+        RequestCache(tmp_path / "text")
+    RequestCache(tmp_path / "old").close()
+    connection = sqlite3.connect(tmp_path / "old")
+    connection.execute("pragma user_version = 9")
+    connection.close()
+    with pytest.raises(UserError, match="a request cache of layout 9"):
+        RequestCache(tmp_path / "old")
+
+
+def test_processes_share_a_cache(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
+cache = RequestCache(Path(sys.argv[1]))
+for i in range(100):
+    cache.store([(f"{{sys.argv[2]}}-{{i}}", Answer(f"text {{i}}", prompt_tokens=1, completion_tokens=2))])
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cache"), str(n)], env=dict(os.environ)) for n in range(3)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    cache = RequestCache(tmp_path / "cache")
+    assert cache.spent() == (300, 600) and cache.find(["2-99", "4-1"]) == {"2-99": Answer("text 99", prompt_tokens=1, completion_tokens=2)}
