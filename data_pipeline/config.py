@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from regrowth.data_pipeline.source_config import Source
-from regrowth.data_pipeline.transform_config import ExactDedup, MinHashDedup, Normalise, Quality, Transform
+from regrowth.data_pipeline.transform_config import (
+    C4,
+    Boilerplate,
+    ExactDedup,
+    FixUnicode,
+    LineDedup,
+    MaskPii,
+    MinHashDedup,
+    Normalise,
+    Quality,
+    Rephrase,
+    Transform,
+)
 from regrowth.settings import PlainName, Settings
 
 
@@ -75,6 +87,15 @@ class DataConfig(Settings):
         for kind, name in ((ExactDedup, "exact_dedup"), (MinHashDedup, "minhash_dedup")):
             if sum(isinstance(t, kind) for t in value) > 1:
                 raise ValueError(f"{name} stands twice; once is enough")
+        return value
+
+    @field_validator("transforms")
+    @classmethod
+    def _what_was_rephrased_stays(cls, value: list[Transform]) -> list[Transform]:
+        first = next((number for number, t in enumerate(value) if isinstance(t, Rephrase)), len(value))
+        for late in value[first + 1 :]:
+            if isinstance(late, Normalise | FixUnicode | Boilerplate | MaskPii | C4 | LineDedup | Rephrase):
+                raise ValueError(f"{late.kind} stands behind rephrase, and would change texts that rephrases were made from; put it before")
         return value
 
 

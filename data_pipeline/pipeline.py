@@ -19,6 +19,7 @@ from regrowth.data_pipeline.phases.curate import CuratePhase, Parts
 from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase, Removals
 from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.phases.shard import FinishPhase, ShardPhase, TokenizerPhase
+from regrowth.data_pipeline.rephrase.prompts import load_prompt
 from regrowth.data_pipeline.source_config import MegatronSource
 from regrowth.data_pipeline.sources.base import Item
 from regrowth.data_pipeline.sources.files import JSONL
@@ -33,6 +34,7 @@ from regrowth.data_pipeline.transform_config import (
     Language,
     LineDedup,
     MinHashDedup,
+    Rephrase,
 )
 from regrowth.errors import UserError
 from regrowth.files import fingerprint, read_json, sha256_of, write_json
@@ -251,6 +253,10 @@ def _inputs(config: DataConfig) -> dict[str, str]:
                 if not Path(path).is_file():
                     raise UserError(f"data.transforms.{number}.{key} = {path}: there is no such file.")
                 inputs[f"transforms.{number}.{key}"] = sha256_of(Path(path))
+        if isinstance(transform, Rephrase):
+            inputs[f"transforms.{number}.model"] = transform.server.model
+            for style in transform.styles:
+                inputs[f"transforms.{number}.styles.{style}"] = fingerprint(load_prompt(style, transform.prompts).model_dump(mode="json"))
         if isinstance(transform, Decontaminate):
             listed = find_files(transform.path, JSONL, f"data.transforms.{number}.path")
             inputs[f"transforms.{number}.path"] = fingerprint([asdict(found) for found in listed])
@@ -261,6 +267,9 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
     if config.shards.weight is None:  # a key that came later; corpora from before it keep their folders
         del settings["shards"]["weight"]
+    for transform, plain in zip(config.transforms, settings["transforms"], strict=True):
+        for key in transform.work:
+            del plain[key]
     return settings
 
 

@@ -1,9 +1,11 @@
 """What can be said of a transform; defaults are the published values, with their source."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from regrowth.data_pipeline.rephrase.config import ServerConfig
 from regrowth.settings import PlainName, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -12,9 +14,11 @@ Words = Annotated[int, Field(ge=1, le=64)]
 
 
 class TransformSettings(Settings):
-    """What every transform has. `inputs` names the keys that are paths of files: they must be there, and their content is part of the recipe."""
+    """What every transform has. `inputs` names the keys that are paths of files: they must be there, and their content is part of the recipe. `work` names those that say who
+    does the work, and how much at once: they are no part of it."""
 
     inputs: ClassVar[tuple[str, ...]] = ()
+    work: ClassVar[tuple[str, ...]] = ()
 
 
 class Normalise(TransformSettings):
@@ -184,6 +188,36 @@ class Decontaminate(TransformSettings):
     max_shared: Count = 0
 
 
+class Rephrase(TransformSettings):
+    """Ask a language model to write documents anew (WRAP, arXiv 2401.16380). What it wrote follows its source, as a document of its own in a domain of its own."""
+
+    inputs = ("tokenizer",)
+    work = ("server", "cache", "budget_tokens", "retry_errors")
+
+    kind: Literal["rephrase"]
+    server: ServerConfig
+    styles: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {
+        "medium": 1.0
+    }  # a document gets one of them, by these weights
+    domains: list[str] = []  # that are rephrased; [] for all
+    keep_source: bool = True
+    domain: str = "{domain}_rephrased"  # of what was written; {domain} and {style} are filled in
+    prompts: Path | None = None  # a folder of prompts of one's own
+    tokenizer: str | None = None  # a tokenizer.json that counts a chunk's tokens; None: a quarter of its bytes
+    cache: Path = Path("rephrased.sqlite")  # answers, which outlive this corpus: nothing is asked twice
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None  # that all answers in the cache may have cost
+    retry_errors: bool = False  # ask again what failed before
+
+    @field_validator("domain")
+    @classmethod
+    def _can_be_filled_in(cls, value: str) -> str:
+        try:
+            value.format(domain="a", style="b")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f'"{value}" has a place for something else than {{domain}} and {{style}} ({error})') from error
+        return value
+
+
 class ExactDedup(TransformSettings):
     """Keep the first document of each content hash (xxh3-128 of the normalised text), over all sources."""
 
@@ -235,6 +269,7 @@ BatchTransform = (
     | MaskPii
     | BlockedWords
     | Decontaminate
+    | Rephrase
 )
 GlobalTransform = ExactDedup | MinHashDedup | LineDedup
 Transform = Annotated[BatchTransform | GlobalTransform, Field(discriminator="kind")]

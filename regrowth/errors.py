@@ -54,6 +54,7 @@ _EXTRAS = {
     "ftfy": "curation",
     "fsspec": "curation",
     "fastokens": "curation",
+    "aiohttp": "rephrase",
     "lm_eval": "eval",
     "transformers": "hf",
     "triton": "gpu",

@@ -21,7 +21,7 @@ ALLOWED = {
 }
 # What may not be imported at the top of any module: optional, compiled or huge.
 LATE = {"deepspeed", "megatron", "mpi4py", "fasttext", "lm_eval", "transformers", "triton", "torchao", "tensorboard", "datasets"}
-LATE |= {"numba", "fastwarc", "resiliparse", "trafilatura", "py3langid", "ftfy", "fsspec", "fastokens"}
+LATE |= {"numba", "fastwarc", "resiliparse", "trafilatura", "py3langid", "ftfy", "fsspec", "fastokens", "aiohttp"}
 
 
 def sources() -> list[Path]:

@@ -109,6 +109,7 @@ def test_every_benchmark_prints_its_ratios_in_its_short_form(program: Path) -> N
 def test_the_examples_of_config_in_the_docs_are_valid() -> None:
     import tomllib
 
+    from regrowth.data_pipeline.rephrase.prompts import Prompt
     from regrowth.kernels.recipe import PrecisionRecipe
     from regrowth.launch.pipeline_config import PipelineConfig
     from regrowth.pretrain.config import RunConfig
@@ -123,5 +124,7 @@ def test_the_examples_of_config_in_the_docs_are_valid() -> None:
                 validate(PipelineConfig, values, page.name)
             elif "linears" in values:
                 validate(PrecisionRecipe, expand(values), page.name)
+            elif "template" in values:
+                validate(Prompt, values, page.name)
             else:
                 validate(RunConfig, merge(base, values), page.name)

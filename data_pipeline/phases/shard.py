@@ -15,7 +15,7 @@ from regrowth.data_pipeline.phases.base import Phase, count, funnel_rows, new_fu
 from regrowth.data_pipeline.phases.curate import Parts
 from regrowth.data_pipeline.shards import ShardWriter, shard_metadata, shard_schema, shard_summary
 from regrowth.data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from regrowth.data_pipeline.transforms.hashing import heldout_mask
+from regrowth.data_pipeline.transforms.hashing import heldout_mask, split_hashes
 from regrowth.errors import UserError, nearest
 from regrowth.files import fingerprint, read_json, write_json
 
@@ -59,7 +59,7 @@ class TokenizerPhase(Phase):
             for batch in self.parts.kept(part):
                 hashes = _hashes(batch)
                 low = hashes.view("<u8").reshape(-1, 2)[:, 1] if len(batch) else np.zeros(0, np.uint64)
-                chosen = ~heldout_mask(hashes, self.pipeline.config.heldout_fraction)
+                chosen = ~heldout_mask(split_hashes(batch, hashes), self.pipeline.config.heldout_fraction)
                 if share < 1:
                     chosen &= low < np.uint64(int(share * 2**64))
                 yield from batch.column("text").filter(pa.array(chosen)).to_pylist()
@@ -114,7 +114,7 @@ class ShardPhase(Phase):
                 for batch in self.parts.read(part, funnel, drop):
                     for piece in _pieces(batch):
                         ids, offsets = encoder.encode(piece.column("text").to_pylist())
-                        held = heldout_mask(_hashes(piece), config.heldout_fraction)
+                        held = heldout_mask(split_hashes(piece, _hashes(piece)), config.heldout_fraction)
                         for split, where in zip(SPLITS, (~held, held), strict=True):
                             count(funnel, piece.filter(pa.array(where)), f"split_{split}", "")
                         self._write(piece, ids, offsets, held, tokenizer, writers, task)

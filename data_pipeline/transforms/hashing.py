@@ -1,14 +1,32 @@
 """Content hashes: the key of exact deduplication and of the held-out split."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import xxhash
+
+from regrowth.data_pipeline.arrow import pc
 
 
 def content_hashes(texts: pa.LargeStringArray) -> np.ndarray:
     """xxh3-128 of each text's UTF-8 bytes, as an array of 16-byte strings (dtype S16 would strip trailing nulls, hence V16)."""
     digests = b"".join(xxhash.xxh3_128_digest(text.as_buffer() or b"") for text in texts)
     return np.frombuffer(digests, dtype="V16")
+
+
+REPHRASED = "#rephrase="  # in the `source` of what was written from another document
+
+
+def split_hashes(batch: pa.RecordBatch, hashes: np.ndarray) -> np.ndarray:
+    """What decides on each document's split: its own content hash, or, for a rephrase, that of the text it came from. Else held-out text would be trained on in other words."""
+    written = pc.match_substring(batch.column("source"), REPHRASED).to_numpy(zero_copy_only=False)
+    if not written.any():
+        return hashes
+    out = hashes.copy()
+    for row in np.flatnonzero(written):
+        out[row] = np.frombuffer(bytes.fromhex(json.loads(batch.column("meta")[int(row)].as_py())["rephrased"]["text_hash"]), "V16")[0]
+    return out
 
 
 def heldout_mask(hashes: np.ndarray, fraction: float) -> np.ndarray:

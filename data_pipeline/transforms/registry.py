@@ -36,6 +36,10 @@ def _build(transform: Any) -> Any:
         if isinstance(transform, config.FixUnicode):
             return cleaning.UnicodeRepair(transform)
         return cleaning.BoilerplateLines(transform) if isinstance(transform, config.Boilerplate) else cleaning.MaskPersonalData(transform)
+    if isinstance(transform, config.Rephrase):
+        from regrowth.data_pipeline.rephrase.transform import Rephraser
+
+        return Rephraser(transform)
     from regrowth.data_pipeline.transforms import choosing
 
     others = {

@@ -20,7 +20,7 @@ FAULTS = ("429", "500", "503", "hang", "close", "no_choices", "null_content", "w
 
 def answer_to(message: str) -> str:
     """What it says."""
-    return f"In other words: {message.upper()}"
+    return f"In other words: {' '.join(reversed(message.split()))}"
 
 
 class Server:

@@ -1,0 +1,93 @@
+"""What a model answered, without what it says around it; or why it is no rephrase."""
+
+import re
+
+from regrowth.data_pipeline.rephrase.cache import Answer
+from regrowth.data_pipeline.rephrase.chunks import CountTokens, estimated_tokens
+from regrowth.data_pipeline.rephrase.prompts import After
+
+_PREFACE = re.compile(
+    r"^(?:(?:sure|certainly|of course|absolutely|okay|ok)\b[^\n:]{0,80}[,.!:]?\s*)?"
+    r"(?:(?:here(?:'s|’s| is| are)|below (?:is|are)|the following is)\b(?:[^\n]{0,160}:[ \t]*\n|[^\n:]{0,80}"
+    r"\b(?:paraphras|rephras|rewrit|reword|version|summar|text)[^\n:]{0,60}:)\s*)?", re.IGNORECASE
+)  # fmt: skip
+_CLOSING = re.compile(
+    r"\n\s*(?:i hope (?:this|that)|let me know|please let me know|feel free to|is there anything else|would you like me)\b[^\n]*\s*$",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"^\W*(?:i(?:'m| am) (?:sorry|afraid|unable|not able)|i (?:cannot|can't|can not|won't|will not)\b|sorry\b|as an? (?:ai|language model)|unfortunately, i\b|"
+    r"i apologi[sz]e)", re.IGNORECASE
+)  # fmt: skip
+_MARKDOWN = (
+    (re.compile(r"^\s*```[^\n]*$", re.MULTILINE), ""),
+    (re.compile(r"^ {0,3}#{1,6}\s+", re.MULTILINE), ""),
+    (re.compile(r"^(\s*)[*+-]\s+", re.MULTILINE), r"\1"),
+    (re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
+    (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
+    (re.compile(r"`([^`\n]+)`"), r"\1"),
+    (re.compile(r"\[([^\]\n]+)\]\((?:[^()\s]+)\)"), r"\1"),
+)
+_QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
+_NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
+_NAME = re.compile(r"(?<=[a-z,;] )[A-Z][\w’'-]{2,}")
+_WORD = re.compile(r"\w+")
+_RUN = 8  # words
+
+
+def clean(answer: Answer, source: str, after: After, count: CountTokens = estimated_tokens) -> tuple[str, str]:
+    """(the rephrase, "") or (what was said, why it is dropped).
+
+    Reasons: error, cut_off, no_prefix, refusal, form, too_short, copied, numbers_lost, names_lost.
+    """
+    if answer.error:
+        return answer.error, "error"
+    said = answer.text.strip()
+    if answer.finish == "length":
+        return said, "cut_off"
+    text = said
+    if after.prefix:
+        if not text.lower().startswith(after.prefix.lower()):
+            return said, "refusal" if _REFUSAL.match(text) else "no_prefix"
+        text = text[len(after.prefix) :]
+    if _REFUSAL.match(text.strip()):
+        return said, "refusal"
+    text = tidy(text, after)
+    if not all(part in text for part in after.must_hold):
+        return said, "form"
+    if count(text) < after.min_tokens:
+        return said, "too_short"
+    if copied_share(text, source) > after.max_copied:
+        return said, "copied"
+    if kept_share(_NUMBER, source, text) < after.keep_numbers:
+        return said, "numbers_lost"
+    if kept_share(_NAME, source, text) < after.keep_names:
+        return said, "names_lost"
+    return text, ""
+
+
+def tidy(text: str, after: After) -> str:
+    """Without prefaces ("Here is ...:"), closing words, quotation marks around it all, and markup."""
+    text = text.strip()
+    text = _CLOSING.sub("", text[_PREFACE.match(text).end() :]).strip() if _PREFACE.match(text) else text  # pyright: ignore[reportOptionalMemberAccess]
+    if after.markdown == "strip":
+        for pattern, plain in _MARKDOWN:
+            text = pattern.sub(plain, text)
+    text = text.strip()
+    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text.count(text[-1]) <= 2:
+        text = text[1:-1].strip()
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def copied_share(text: str, source: str) -> float:
+    """Of the text's runs of eight words, those that stand in the source; 0 where it has none."""
+    words, theirs = ([word.lower() for word in _WORD.findall(it)] for it in (text, source))
+    runs = {tuple(theirs[i : i + _RUN]) for i in range(len(theirs) - _RUN + 1)}
+    mine = [tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)]
+    return sum(run in runs for run in mine) / len(mine) if mine else 0.0
+
+
+def kept_share(pattern: re.Pattern[str], source: str, text: str) -> float:
+    """Of what a pattern finds in the source, what stands in the text too; 1 where there is nothing to keep."""
+    wanted = set(pattern.findall(source))
+    return sum(it in text for it in wanted) / len(wanted) if wanted else 1.0

@@ -1,0 +1,167 @@
+"""Rephrasing end to end against a server: prompts, chunks, what is taken of an answer and what is not, and the corpus that comes out."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.corpus import SPLITS, Corpus
+from regrowth.data_pipeline.prepare import prepare
+from regrowth.data_pipeline.rephrase.cache import Answer
+from regrowth.data_pipeline.rephrase.chunks import chunks, estimated_tokens
+from regrowth.data_pipeline.rephrase.clean import clean, copied_share
+from regrowth.data_pipeline.rephrase.prompts import After, load_prompt, shipped
+from regrowth.errors import UserError
+from tests.data_pipeline.test_rephrase_client import server
+
+SOURCE = (
+    "The bridge over the Aare was built in 1466. It has burned twice, in 1471 and in 1908, and the town of Olten paid for it each time."
+)
+
+
+def test_every_style_ships_and_asks_for_its_text() -> None:
+    assert {
+        "easy",
+        "medium",
+        "hard",
+        "qa",
+        "wiki",
+        "diverse_qa",
+        "distill",
+        "extract_knowledge",
+        "knowledge_list",
+        "math",
+        "table",
+        "faq",
+        "tutorial",
+    } == set(shipped())
+    for style in shipped():
+        prompt = load_prompt(style)
+        payload = prompt.payload("a {text} with braces")
+        assert "a {text} with braces" in payload["messages"][-1]["content"] and payload["max_tokens"] >= prompt.after.min_tokens
+        assert prompt.after.prefix in payload["messages"][-1]["content"], "what is demanded is asked for"
+
+
+def test_prompts_of_ones_own_and_their_faults(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('name = "mine"\nversion = 3\ntemplate = "Sing: {text}"\n')
+    assert load_prompt("mine", tmp_path).mark == "mine@3"
+    (tmp_path / "other.toml").write_text('name = "other"\ntemplate = "Sing: {txt}"\n')
+    with pytest.raises(UserError, match=r'other\.toml.*one place for the text, written "\{text\}"'):
+        load_prompt("other", tmp_path)
+    (tmp_path / "third.toml").write_text('name = "mine"\ntemplate = "{text}"\n')
+    with pytest.raises(UserError, match='give the prompt the name of its file, "third"'):
+        load_prompt("third", tmp_path)
+    with pytest.raises(UserError, match='there is no prompt "esay"; did you mean "easy"'):
+        load_prompt("esay", tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab. \n!?漢。é"), max_size=400), st.integers(2, 40))
+def test_chunks_cover_a_text_and_none_is_too_long(text: str, most: int) -> None:
+    found = chunks(text, most)
+    assert "".join("".join(text[c.begin : c.end].split()) for c in found) == "".join(text.split())
+    assert all(estimated_tokens(text[c.begin : c.end]) <= most for c in found)
+    assert all(a.end <= b.begin for a, b in itertools.pairwise(found))
+
+
+def test_chunks_end_where_paragraphs_and_sentences_do() -> None:
+    paragraph = "One sentence of some words. Another one follows it! Is this the third?"
+    text = "\n\n".join([paragraph] * 4)
+    for chunk in chunks(text, 45):
+        assert text[chunk.begin : chunk.end] in ("\n\n".join([paragraph] * 2), paragraph)
+    assert {text[c.begin : c.end] for c in chunks(paragraph, 10)} == {
+        "One sentence of some words.",
+        "Another one follows it!",
+        "Is this the third?",
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "after", "text", "reason"),
+    [
+        ("Sure, here's a paraphrase of the text:\n\nOlten's bridge dates from 1466 and burned in 1471 and in 1908.", {}, "Olten's bridge dates from 1466 and burned in 1471 and in 1908.", ""),
+        ("Here is the rewritten text: Olten's bridge dates from the year of 1466, and has been rebuilt.", {}, "Olten's bridge dates from the year of 1466, and has been rebuilt.", ""),
+        ("Here are three reasons: money, fire and water, which rule all the bridges of that land.", {}, "Here are three reasons: money, fire and water, which rule all the bridges of that land.", ""),
+        ("# A bridge\n\n**Olten** paid for `it` each time, and [people](http://a.b) still *do* so, they say.\n\nI hope this helps!", {}, "A bridge\n\nOlten paid for it each time, and people still do so, they say.", ""),
+        ("“The old bridge of Olten, built before the printing press came, burned twice.”", {}, "The old bridge of Olten, built before the printing press came, burned twice.", ""),
+        ("I'm sorry, but I cannot help with that request about bridges and fires in towns.", {}, None, "refusal"),
+        ("In short: the bridge burned twice and was paid for twice by the town of Olten.", {"prefix": "In short:"}, "the bridge burned twice and was paid for twice by the town of Olten.", ""),
+        ("The bridge burned twice and was paid for twice by the town of Olten.", {"prefix": "In short:"}, None, "no_prefix"),
+        ("Question: When?\nNo answer to this is known to any of us, whoever we may be.", {"must_hold": ["Question:", "Answer:"]}, None, "form"),
+        ("It burned.", {}, None, "too_short"),
+        (SOURCE, {}, None, "copied"),
+        ("The bridge of Olten is old and has burned twice since it was built, it is told.", {"keep_numbers": 0.5}, None, "numbers_lost"),
+        ("That crossing is from 1466, burned in 1471 and 1908, and a town paid for all of it.", {"keep_names": 0.5}, None, "names_lost"),
+    ],
+)  # fmt: skip
+def test_what_is_taken_of_an_answer(said: str, after: dict[str, object], text: str | None, reason: str) -> None:
+    source = SOURCE.replace("the town of Olten", "the town, Olten,")
+    source = (
+        SOURCE if reason == "copied" else source.replace("the town, Olten,", "its town, called Olten,").replace("called Olten", "of Olten")
+    )
+    got = clean(Answer(said, "stop"), source, After.model_validate(after))
+    assert got == (said if text is None else text, reason)
+
+
+def test_answers_that_are_cut_off_or_errors_are_none() -> None:
+    assert clean(Answer("Olten's bridge dates from", "length"), SOURCE, After())[1] == "cut_off"
+    assert clean(Answer(error="status 400: too long"), SOURCE, After()) == ("status 400: too long", "error")
+    assert copied_share(SOURCE, SOURCE) == 1 and copied_share("a b", SOURCE) == 0
+
+
+def recipe(tmp_path: Path, url: str, **rephrase: object) -> DataConfig:
+    (tmp_path / "in").mkdir(exist_ok=True)
+    rows = [{"text": f"{SOURCE} This is text number {i} of all. " * 8} for i in range(30)] + [{"text": "TOO LONG for every server. " * 12}]
+    (tmp_path / "in/towns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    transform = {"kind": "rephrase", "server": {"urls": [url], "model": "small", "first_wait_seconds": 0.02, "timeout_seconds": 2.0},
+                 "cache": str(tmp_path / "answers.sqlite"), "styles": {"medium": 3, "own": 1}, "prompts": str(tmp_path), **rephrase}  # fmt: skip
+    (tmp_path / "own.toml").write_text('name = "own"\ntemplate = "Say it otherwise: {text}"\nlevel = 5\nchunk_tokens = 64\n')
+    values = {"out": str(tmp_path / "out"), "sources": [{"kind": "jsonl", "path": str(tmp_path / "in")}], "workers": 1, "transforms": [transform],
+              "tokenizer": {"vocabulary": 300}, "heldout_fraction": 0.2}  # fmt: skip
+    return DataConfig.model_validate(values)
+
+
+def splits_of(corpus: Corpus, domain: str) -> dict[str, str]:
+    """The split of each document of a domain, by its source."""
+    found = {}
+    for split in SPLITS:
+        for shard in corpus.shards(split, domain):
+            for block in range(len(shard.index.blocks)):
+                found |= {lineage[0]: split for lineage in shard.table(block).column("lineage").to_pylist()}
+    return found
+
+
+def test_what_changes_texts_stands_before_the_rephrasing(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "http://127.0.0.1:9/v1").model_dump(mode="json")
+    with pytest.raises(ValidationError, match="normalise stands behind rephrase, and would change texts"):
+        DataConfig.model_validate({**made, "transforms": [*made["transforms"], {"kind": "normalise"}]})
+    with pytest.raises(ValidationError, match="has a place for something else than"):
+        recipe(tmp_path, "http://127.0.0.1:9/v1", domain="{source}_anew")
+
+
+def test_a_corpus_of_real_and_rephrased_documents(tmp_path: Path) -> None:
+    with server(tmp_path, "--faults", "0.1") as running:
+        corpus = prepare(recipe(tmp_path, running.url))
+        asked = sum(running.answered().values())
+        assert set(corpus.domains) == {"towns", "towns_rephrased"}
+        documents = {
+            domain: sum(row["documents"] for split in corpus.manifest["splits"].values() for row in split.get(domain, []))
+            for domain in corpus.domains
+        }
+        assert documents == {"towns": 31, "towns_rephrased": 30}
+        reasons = {(transform, reason): documents for _, transform, reason, documents, _ in corpus.manifest["funnel"] if reason}
+        assert set(reasons) == {("rephrase", "error")}, "what no server took is told, chunk by chunk"
+        counted = corpus.manifest["counts"]["rephrase"]
+        assert counted["medium: good"] + counted["own: good"] == asked and counted["completion tokens"] > 0
+        splits = {domain: splits_of(corpus, domain) for domain in corpus.domains}
+        for source, split in splits["towns_rephrased"].items():
+            assert splits["towns"][source.partition("#rephrase=")[0]] == split, "what is held out is not trained on in other words"
+        assert set(splits["towns_rephrased"].values()) == {"train", "heldout"}
+        # Another corpus of the same documents costs nothing, whoever would have answered.
+        prepare(recipe(tmp_path, "http://127.0.0.1:9/v1", keep_source=False))
+        assert sum(running.answered().values()) == asked
