@@ -108,7 +108,8 @@ class _Run:
         try:
             self._hire()
             while self._workers:
-                done, _ = await asyncio.wait({*self._workers, searcher}, return_when=asyncio.FIRST_COMPLETED)
+                watched = self._workers if searcher.done() else {*self._workers, searcher}
+                done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
                 self._workers -= done
                 for task in done:
                     if (error := task.exception()) is not None:

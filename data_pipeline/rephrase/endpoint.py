@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrowth.data_pipeline.rephrase.cache import Answer
 from regrowth.data_pipeline.rephrase.config import ServerConfig
-from regrowth.errors import RegrowthError, UserError, need
+from regrowth.errors import UserError, need
 
 if TYPE_CHECKING:
     import aiohttp
@@ -132,10 +132,11 @@ class Endpoint:
         tiny = {"model": self.config.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
         try:
             await self.ask(tiny)
-        except (Retry, Refused):
-            self.lost_since = self.lost_since or time.monotonic()
-            return False
-        except RegrowthError:
-            raise
+        except Retry as again:
+            if not again.busy:
+                self.lost_since = self.lost_since or time.monotonic()
+                return False
+        except Refused:  # it is there, and has a mind of its own about tiny completions
+            pass
         self.lost_since = None
         return True
