@@ -192,7 +192,7 @@ class Rephrase(TransformSettings):
     """Ask a language model to write documents anew (WRAP, arXiv 2401.16380). What it wrote follows its source, as a document of its own in a domain of its own."""
 
     inputs = ("tokenizer",)
-    work = ("server", "cache", "budget_tokens", "retry_errors")
+    work = ("server", "cache", "budget_tokens")
 
     kind: Literal["rephrase"]
     server: ServerConfig
@@ -200,13 +200,13 @@ class Rephrase(TransformSettings):
         "medium": 1.0
     }  # a document gets one of them, by these weights
     domains: list[str] = []  # that are rephrased; [] for all
-    keep_source: bool = True
+    keep_source: bool = True  # else what was rephrased, or could not be, is dropped
     domain: str = "{domain}_rephrased"  # of what was written; {domain} and {style} are filled in
     prompts: Path | None = None  # a folder of prompts of one's own
     tokenizer: str | None = None  # a tokenizer.json that counts a chunk's tokens; None: a quarter of its bytes
     cache: Path = Path("rephrased.sqlite")  # answers, which outlive this corpus: nothing is asked twice
     budget_tokens: Annotated[int, Field(ge=1)] | None = None  # that all answers in the cache may have cost
-    retry_errors: bool = False  # ask again what failed before
+    retry_errors: bool = False  # ask again what failed before; makes another corpus, whose good answers are in the cache
 
     @field_validator("domain")
     @classmethod

@@ -1,7 +1,7 @@
 """Emulation by the Triton kernels on a GPU: to codes and back in two passes, instead of a pass for each of the reference's operators.
 
-A kernel is used where, on the very device, it gives the reference's bits and takes less time; that is found out when a quantiser is first met. So it changes no result, and ranks
-need not agree on it.
+A kernel is used where, on the very device, it gives the reference's bits and takes less time; that is found out when a quantiser is first met. So it changes no result. Ranks that share scales keep
+to the reference: each of them decides by its own clock, and the two ways exchange the largest values at different points.
 """
 
 import importlib.util
@@ -21,18 +21,19 @@ _SHAPE = (1024, 2048)  # of the trial
 _REPEATS = 10
 
 
-def takes(x: torch.Tensor, quantizer: Quantizer, size: int) -> bool:
+def takes(x: torch.Tensor, quantizer: Quantizer, size: int, groups: AmaxGroups, transposed: bool, dtype: torch.dtype) -> bool:
     """Whether the kernels round this operand here: a GPU's, not inside a compiled block, by a rule that they have, and with gain.
 
     Args:
         size: of the Hadamard transform before it; 0 for none.
+        transposed, dtype: as of `emulate`.
     """
-    if not x.numel() or torch.compiler.is_compiling() or not _are_there(x.device):
+    if groups.row is not None or groups.tensor is not None or not x.numel() or torch.compiler.is_compiling() or not _are_there(x.device):
         return False
     known = quantizer.format is not None and quantizer.outliers is None and quantizer.scale != "delayed"
     if not known or x.shape[-1] % 2 or (quantizer.granularity in ("block", "tile") and quantizer.block & (quantizer.block - 1)):
         return False
-    return _gains(quantizer, size, x.device)
+    return _gains(quantizer, size, transposed, x.dtype, dtype, x.device)
 
 
 def emulate(
@@ -41,7 +42,6 @@ def emulate(
     size: int = 0,
     signs: torch.Tensor | None = None,
     stream: Stream | None = None,
-    groups: AmaxGroups | None = None,
     transposed: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -55,7 +55,7 @@ def emulate(
     from regrowth.kernels.triton_dequantize import dequantize
     from regrowth.kernels.triton_quantize import Operand, Place, quantize_columns, quantize_rows
 
-    operand = Operand(quantizer, size or None, signs, stream.key if stream else None, groups)
+    operand = Operand(quantizer, size or None, signs, stream.key if stream else None)
     place = Place(stream.rows, stream.whole, stream.first) if stream else None
     packed = quantize_columns(x.t(), operand, place) if transposed else quantize_rows(x.reshape(-1, x.shape[-1]), operand, place)
     return dequantize(packed, dtype).view(x.shape)
@@ -66,20 +66,23 @@ def _are_there(device: torch.device) -> bool:
 
 
 @cache
-def _gains(quantizer: Quantizer, size: int, device: torch.device) -> bool:
-    """Whether the kernels give the reference's bits, and sooner, on a made-up operand of which a few values are far out."""
+def _gains(quantizer: Quantizer, size: int, transposed: bool, of: torch.dtype, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels give the reference's bits, and sooner, on a made-up operand of which a few values are far out; the very call that is to be made."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(_SHAPE, generator=generator, device=device)
     x[::7, ::13] *= 40
+    x = x.to(of)
+    operand = x.t() if transposed else x
     signs = random_signs(size, 1, device) if size else None
     stream = Stream(2, torch.arange(len(x), device=device), x.shape[1]) if quantizer.rounding == "stochastic" else None
 
     def reference() -> torch.Tensor:
-        turned = hadamard(x, size, signs) if size else x
-        return quantizer.emulate(turned, random=stream.bits(x.shape[1]) if stream else None)
+        turned = hadamard(operand, size, signs) if size else operand
+        bits = stream.bits(x.shape[1]) if stream else None
+        return quantizer.emulate(turned, random=bits.t() if bits is not None and transposed else bits).to(dtype)
 
     def kernels() -> torch.Tensor:
-        return emulate(x, quantizer, size, signs, stream)
+        return emulate(operand, quantizer, size, signs, stream, transposed, dtype)
 
     try:
         if not torch.equal(reference(), kernels()):

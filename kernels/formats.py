@@ -62,16 +62,17 @@ def divide_and_round(
     return out
 
 
-def pieces(x: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def pieces(x: torch.Tensor, *others: torch.Tensor, whole: int = -1) -> list[tuple[torch.Tensor, ...]]:
     """x cut along the dim that is slowest in memory, so that passes that follow each other find a piece in the cache of a core; whole where that is no gain.
 
     Args:
         others: cut alike, where they have more than one place along that dim.
+        whole: a dim that is not cut.
     """
     size = _PIECE * torch.get_num_threads()
     if x.device.type != "cpu" or x.numel() <= size or torch.compiler.is_compiling():
         return [(x, *others)]
-    dim = max(range(x.dim()), key=lambda d: (x.stride(d), -d) if x.shape[d] > 1 else (-1, 0))
+    dim = max(range(x.dim()), key=lambda d: (x.stride(d), -d) if x.shape[d] > 1 and d != whole else (-1, 0))
     length = x.shape[dim]
     step = max(1, size * length // x.numel())
     cuts = [t.split(step, dim) if t.dim() and t.shape[dim] > 1 else [t] * -(-length // step) for t in (x, *others)]

@@ -106,8 +106,8 @@ class Call:
         errors = site.errors if site is not None and self.training else None
         stream = self._stream(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
         taken = self.hardware and x.numel() > 0 and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry)
-        if not (taken or mask or errors) and emulation.takes(x, quantizer, entry.hadamard):
-            return Rounded(emulation.emulate(x, quantizer, entry.hadamard, signs, stream, groups, transposed, dtype))
+        if not (taken or mask or errors) and emulation.takes(x, quantizer, entry.hadamard, groups, transposed, dtype):
+            return Rounded(emulation.emulate(x, quantizer, entry.hadamard, signs, stream, transposed, dtype))
         if entry.hadamard:
             x = hadamard(x, entry.hadamard, signs)
         if quantizer.format is None:

@@ -25,12 +25,13 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
     x = x.float()
     if not x.numel():
         return x
-    out = torch.empty_like(x)
-    if x.dim() == 2 and x.stride(0) == 1:  # the transpose of what is in memory: the places of a block are rows there
-        for part, to in pieces(x.t().reshape(-1, size, len(x)), out.t().view(-1, size, len(x))):
+    if x.dim() == 2 and x.t().is_contiguous():  # the transpose of what is in memory: the places of a block are rows there
+        out = torch.empty_like(x)
+        for part, to in pieces(x.t().view(-1, size, len(x)), out.t().view(-1, size, len(x)), whole=1):
             _butterflies(part, signs, to)
         return out
-    for part, to in pieces(x.reshape(-1, size), out.view(-1, size)):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for part, to in pieces(x.reshape(-1, size), out.view(-1, size), whole=1):
         columns = part.t().contiguous()[None]  # a place in all blocks together: long rows to add
         to.copy_(_butterflies(columns, signs, columns)[0].t())
     return out

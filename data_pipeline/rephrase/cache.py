@@ -27,6 +27,10 @@ create table if not exists answers (
 ) without rowid
 """
 
+_TOTALS = (
+    "create table if not exists totals (one integer primary key check (one = 1), prompt integer not null, completion integer not null)"
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -37,7 +41,7 @@ class Answer:
     error: str = ""
     transient: bool = False  # whether the error might not come again
     attempts: int = 1
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of all attempts that were answered, as far as the server says
     completion_tokens: int = 0
 
 
@@ -61,6 +65,8 @@ class RequestCache:
             self._connection.execute("pragma journal_mode = truncate")
             self._connection.execute("pragma synchronous = off")
             self._connection.execute(_TABLE)
+            self._connection.execute(_TOTALS)
+            self._connection.execute("insert or ignore into totals values (1, 0, 0)")
             layout = self._connection.execute("pragma user_version").fetchone()[0]
             if layout not in (0, _LAYOUT):
                 raise UserError(f"{path}: a request cache of layout {layout}, this version has {_LAYOUT}. Name another with cache.")
@@ -90,16 +96,17 @@ class RequestCache:
                     "insert or replace into answers values (:key, :text, :finish, :error, :transient, :attempts, :prompt_tokens, :completion_tokens, :at)",
                     rows,
                 )
+                tokens = [sum(row[key] for row in rows) for key in ("prompt_tokens", "completion_tokens")]
+                self._connection.execute("update totals set prompt = prompt + ?, completion = completion + ?", tokens)
             except BaseException:
                 self._connection.execute("rollback")
                 raise
             self._connection.execute("commit")
 
     def spent(self) -> tuple[int, int]:
-        """Tokens of all answers: of prompts, and of completions."""
+        """Tokens of all answers that were ever stored, those that others replaced among them: of prompts, and of completions."""
         with self._told():
-            total = "coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)"
-            return self._connection.execute(f"select {total} from answers").fetchone()
+            return self._connection.execute("select prompt, completion from totals").fetchone()
 
     def close(self) -> None:
         """Let go of the file."""

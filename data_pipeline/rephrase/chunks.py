@@ -31,9 +31,10 @@ def chunks(text: str, most: int, count: CountTokens = estimated_tokens) -> list[
     joined: list[Chunk] = []
     size = 0
     for piece, tokens in _pieces(text, Chunk(0, len(text)), most, count, (_PARAGRAPHS, _SENTENCES, _WORDS)):
-        if joined and size + tokens <= most:
+        between = max(0, count(text[joined[-1].end : piece.begin]) - 1) if joined else 0  # one token for it is in each piece's own
+        if joined and size + between + tokens <= most:
             joined[-1] = Chunk(joined[-1].begin, piece.end)
-            size += tokens
+            size += between + tokens
         else:
             joined.append(piece)
             size = tokens

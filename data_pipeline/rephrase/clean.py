@@ -6,11 +6,16 @@ from regrowth.data_pipeline.rephrase.cache import Answer
 from regrowth.data_pipeline.rephrase.chunks import CountTokens, estimated_tokens
 from regrowth.data_pipeline.rephrase.prompts import After
 
+_OPENER = r"(?:sure|certainly|of course|absolutely|okay|ok)\b[,.!:]?"
+_ABOUT_IT = (
+    r"(?:here(?:'s|’s| is| are)|below (?:is|are)|the following is)\b[^\n:]{0,120}"
+    r"\b(?:paraphras|rephras|rewrit|reword|retold|simplif|version|summar|(?:the|your) text)[^\n:]{0,80}:"
+)
+# "Sure! I would be glad to.", alone on its line, and "Here is a paraphrase of it:"; whatever else begins so belongs to the text.
 _PREFACE = re.compile(
-    r"^(?:(?:sure|certainly|of course|absolutely|okay|ok)\b[^\n:]{0,80}[,.!:]?\s*)?"
-    r"(?:(?:here(?:'s|’s| is| are)|below (?:is|are)|the following is)\b(?:[^\n]{0,160}:[ \t]*\n|[^\n:]{0,80}"
-    r"\b(?:paraphras|rephras|rewrit|reword|version|summar|text)[^\n:]{0,60}:)\s*)?", re.IGNORECASE
-)  # fmt: skip
+    rf"^(?:{_OPENER}(?:[ \t]*I(?:['’]d|['’]ll| would| will| can)\b[^\n]{{0,80}})?[ \t]*\n+|{_OPENER}[ \t]+(?={_ABOUT_IT}))?(?:{_ABOUT_IT}\s*)?",
+    re.IGNORECASE,
+)
 _CLOSING = re.compile(
     r"\n\s*(?:i hope (?:this|that)|let me know|please let me know|feel free to|is there anything else|would you like me)\b[^\n]*\s*$",
     re.IGNORECASE,
@@ -23,7 +28,7 @@ _MARKDOWN = (
     (re.compile(r"^\s*```[^\n]*$", re.MULTILINE), ""),
     (re.compile(r"^ {0,3}#{1,6}\s+", re.MULTILINE), ""),
     (re.compile(r"^(\s*)[*+-]\s+", re.MULTILINE), r"\1"),
-    (re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
+    (re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])"), r"\1"),
     (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
     (re.compile(r"`([^`\n]+)`"), r"\1"),
     (re.compile(r"\[([^\]\n]+)\]\((?:[^()\s]+)\)"), r"\1"),
@@ -31,6 +36,7 @@ _MARKDOWN = (
 _QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
 _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][\w’'-]{2,}")
+_NAMELIKE = re.compile(r"[A-Z][\w’'-]{2,}")
 _WORD = re.compile(r"\w+")
 _RUN = 8  # words
 
@@ -47,9 +53,10 @@ def clean(answer: Answer, source: str, after: After, count: CountTokens = estima
         return said, "cut_off"
     text = said
     if after.prefix:
-        if not text.lower().startswith(after.prefix.lower()):
+        begun = next((it for it in map(_bare, (said, _without_preface(said))) if it.lower().startswith(after.prefix.lower())), None)
+        if begun is None:
             return said, "refusal" if _REFUSAL.match(text) else "no_prefix"
-        text = text[len(after.prefix) :]
+        text = begun[len(after.prefix) :].lstrip("*_: ")
     if _REFUSAL.match(text.strip()):
         return said, "refusal"
     text = tidy(text, after)
@@ -59,17 +66,16 @@ def clean(answer: Answer, source: str, after: After, count: CountTokens = estima
         return said, "too_short"
     if copied_share(text, source) > after.max_copied:
         return said, "copied"
-    if kept_share(_NUMBER, source, text) < after.keep_numbers:
+    if kept_share(set(_NUMBER.findall(source)), set(_NUMBER.findall(text))) < after.keep_numbers:
         return said, "numbers_lost"
-    if kept_share(_NAME, source, text) < after.keep_names:
+    if kept_share(set(_NAME.findall(source)), set(_NAMELIKE.findall(text))) < after.keep_names:
         return said, "names_lost"
     return text, ""
 
 
 def tidy(text: str, after: After) -> str:
     """Without prefaces ("Here is ...:"), closing words, quotation marks around it all, and markup."""
-    text = text.strip()
-    text = _CLOSING.sub("", text[_PREFACE.match(text).end() :]).strip() if _PREFACE.match(text) else text  # pyright: ignore[reportOptionalMemberAccess]
+    text = _CLOSING.sub("", _without_preface(text.strip())).strip()
     if after.markdown == "strip":
         for pattern, plain in _MARKDOWN:
             text = pattern.sub(plain, text)
@@ -77,6 +83,16 @@ def tidy(text: str, after: After) -> str:
     if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text.count(text[-1]) <= 2:
         text = text[1:-1].strip()
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _without_preface(text: str) -> str:
+    preface = _PREFACE.match(text)
+    return text[preface.end() :] if preface else text
+
+
+def _bare(text: str) -> str:
+    """Without markup at its beginning."""
+    return text.lstrip("*_#> \n")
 
 
 def copied_share(text: str, source: str) -> float:
@@ -87,7 +103,6 @@ def copied_share(text: str, source: str) -> float:
     return sum(run in runs for run in mine) / len(mine) if mine else 0.0
 
 
-def kept_share(pattern: re.Pattern[str], source: str, text: str) -> float:
-    """Of what a pattern finds in the source, what stands in the text too; 1 where there is nothing to keep."""
-    wanted = set(pattern.findall(source))
-    return sum(it in text for it in wanted) / len(wanted) if wanted else 1.0
+def kept_share(wanted: set[str], found: set[str]) -> float:
+    """Of what is to be kept, what is there; 1 where there is nothing to keep."""
+    return len(wanted & found) / len(wanted) if wanted else 1.0

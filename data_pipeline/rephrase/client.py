@@ -15,6 +15,8 @@ from regrowth.errors import RunFailed, need
 
 _LONGEST_WAIT_SECONDS = 60.0
 _LOOK_FOR_LOST_SECONDS = 2.0
+_CONNECT_SECONDS = 30.0
+_DOUBTFUL = 8  # failures without an answer between them, at which a server has to prove that it answers anything at all
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Client:
     async def _open(self) -> None:
         aiohttp = need("aiohttp", "rephrasing by a server")
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=self.config.timeout_seconds)
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self.config.timeout_seconds, sock_connect=_CONNECT_SECONDS),
         )
         self._endpoints = [Endpoint(url, self.config, self._session) for url in self.config.urls]
 
@@ -99,6 +102,7 @@ class _Run:
         self._unwritten: list[tuple[str, Answer]] = []
         self._workers: set[asyncio.Task[None]] = set()
         self._exhausted = False
+        self._doubtful: list[tuple[str, Answer]] = []  # failures since the last answer: the requests', or the servers'?
         self._failure: BaseException | None = None  # why no more is asked; what is under way is still waited for, for it is paid
         self._spent = sum(client.cache.spent()) if client.budget_tokens is not None else 0
 
@@ -115,6 +119,8 @@ class _Run:
                     if (error := task.exception()) is not None:
                         self._fail(error)
                 self._hire()
+                if not self._workers and self._failure is None:
+                    await self._settle_doubts()
         finally:
             for task in (*self._workers, searcher):
                 task.cancel()
@@ -143,33 +149,63 @@ class _Run:
             answer = await self._answer(request)
             if answer is None:
                 return
+            if answer.error:
+                self._doubtful.append((key, answer))
+                if len(self._doubtful) >= _DOUBTFUL:
+                    await self._settle_doubts()
+                continue
+            for failed in self._drained():
+                self._take(*failed)
             self._take(key, answer)
             if len(self._workers) < limit.limit:
                 self._hire()
 
+    def _drained(self) -> list[tuple[str, Answer]]:
+        drained, self._doubtful = self._doubtful, []
+        return drained
+
+    async def _settle_doubts(self) -> None:
+        """Record failures if a server answers something tiny: then they are the requests' own. Else nothing is recorded, and the run fails.
+
+        Raises:
+            RunFailed: whatever is asked, nothing good comes of it.
+        """
+        if not (doubtful := self._drained()):
+            return
+        well = [endpoint for endpoint in self.client._endpoints if endpoint.lost_since is None]
+        faults = await asyncio.gather(*(endpoint.trial() for endpoint in well))
+        if well and not any(fault is None for fault in faults):
+            told = "; ".join(f"{endpoint.url}: {fault}" for endpoint, fault in zip(well, faults, strict=True))
+            raise RunFailed(f"server.urls: {len(doubtful)} requests in a row have failed ({doubtful[-1][1].error}), and the servers do not answer something tiny either "
+                            f"({told}). What was answered is kept; mend the server and run the same again.")  # fmt: skip
+        for failed in doubtful:
+            self._take(*failed)
+
     def _refuse_past_the_budget(self) -> None:
         budget = self.client.budget_tokens
         if budget is not None and self._spent >= budget:
-            raise RunFailed(f"the budget of {budget:,} tokens is used up ({self._spent:,} in {self.client.cache.path}). What was answered is kept; give "
-                            "more with --budget-tokens to go on.")  # fmt: skip
+            raise RunFailed(f"the budget of {budget:,} tokens is used up ({self._spent:,} in {self.client.cache.path}). What was answered is kept; "
+                            "raise budget_tokens of the transform to go on.")  # fmt: skip
 
     async def _answer(self, request: Request) -> Answer | None:
         """What comes of a request after all its attempts; None if the run has failed meanwhile."""
         client, payload = self.client, {"model": self.client.config.model, **request.payload}
         attempt, doublings, begin = 0, 0, time.monotonic()
+        prompt = completion = 0  # paid for what was none
         while True:
-            while (endpoint := client._endpoint()) is None:
-                if self._failure is not None:
-                    return None
+            while (endpoint := client._endpoint()) is None and self._failure is None:
                 await asyncio.sleep(_LOOK_FOR_LOST_SECONDS / 4)
+            if endpoint is None or (self._failure is not None and attempt):
+                return None
             attempt += 1
             try:
                 answer = await endpoint.ask(payload)
             except Refused as refused:
                 client.limit.answered()
-                return Answer(error=str(refused), attempts=attempt)
+                return Answer(error=str(refused), attempts=attempt, prompt_tokens=prompt, completion_tokens=completion)
             except Retry as again:
                 client.retries[str(again)] = client.retries.get(str(again), 0) + 1
+                prompt, completion = prompt + again.tokens[0], completion + again.tokens[1]
                 if again.overloaded:
                     client.limit.complained()
                 if again.lost:
@@ -179,13 +215,16 @@ class _Run:
                 if again.busy and time.monotonic() - begin < client.config.give_up_seconds:
                     attempt -= 1
                 if attempt >= client.config.attempts:
-                    return Answer(error=str(again), transient=True, attempts=attempt)
+                    return Answer(error=str(again), transient=True, attempts=attempt, prompt_tokens=prompt, completion_tokens=completion)
                 wait = min(client.config.first_wait_seconds * 2**doublings, _LONGEST_WAIT_SECONDS)
                 doublings += 1
                 await asyncio.sleep(max(again.wait, wait * client._random.uniform(0.5, 1.5)))
+                if self._failure is not None:
+                    return None
                 continue
             client.limit.answered()
-            return replace(answer, attempts=attempt)
+            paid = {"prompt_tokens": prompt + answer.prompt_tokens, "completion_tokens": completion + answer.completion_tokens}
+            return replace(answer, attempts=attempt, **paid)
 
     def _take(self, key: str, answer: Answer) -> None:
         self._spent += answer.prompt_tokens + answer.completion_tokens
@@ -209,12 +248,11 @@ class _Run:
         while True:
             await asyncio.sleep(_LOOK_FOR_LOST_SECONDS)
             endpoints = self.client._endpoints
-            for endpoint in endpoints:
-                if endpoint.lost_since is not None:
-                    await endpoint.is_well()
+            await asyncio.gather(*(endpoint.look_again() for endpoint in endpoints if endpoint.lost_since is not None))
             since = [endpoint.lost_since for endpoint in endpoints]
             if all(lost is not None for lost in since):
                 away = time.monotonic() - max(lost for lost in since if lost is not None)
                 if away > self.client.config.give_up_seconds:
-                    raise RunFailed(f"server.urls: no server has answered for {away:.0f} s ({', '.join(self.client.config.urls)}). What was answered is kept; "
-                                    "start the server and run the same again.")  # fmt: skip
+                    told = "; ".join(f"{endpoint.url}: {endpoint.last_words}" for endpoint in endpoints)
+                    raise RunFailed(f"server.urls: no server has answered for {away:.0f} s ({told}). What was answered is kept; start the server and run "
+                                    "the same again.")  # fmt: skip

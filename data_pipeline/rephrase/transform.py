@@ -55,14 +55,17 @@ class Rephraser(_Base):
 
     def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
         jobs = list(self._jobs(batch))
+        asked = {job.row for job in jobs}
         answers = iter(self.client.answers([request for job in jobs for request in job.requests()]))
-        written: list[tuple[int, Row]] = [(row, {}) for row in range(len(batch))] if self.config.keep_source else []
+        written: list[tuple[int, Row]] = [(row, {}) for row in range(len(batch)) if self.config.keep_source or row not in asked]
         dropped: list[tuple[Row, str]] = []
         for job in jobs:
             rephrase, lost = self._reassemble(job, [next(answers) for _ in job.chunks])
             dropped += lost
             if rephrase is not None:
                 written.append((job.row, rephrase))
+            if not self.config.keep_source:
+                dropped.append((job.document, "rephrased" if rephrase is not None else "no_rephrase"))
         return _interleaved(batch, written), _dropped(dropped, self.name)
 
     def style_of(self, document: str) -> str:

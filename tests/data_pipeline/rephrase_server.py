@@ -29,6 +29,7 @@ class Server:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.asked: dict[str, int] = {}
+        self.kinds = options.kinds.split(",") if options.kinds else FAULTS
         self.at_once = self.most_at_once = 0
         self.places = asyncio.Semaphore(options.places) if options.places else None
 
@@ -39,19 +40,19 @@ class Server:
         draw = random.Random(f"{self.options.seed}{mark}{self.asked[mark]}")
         if self.asked[mark] > self.options.most_faults or draw.random() >= self.options.faults:
             return ""
-        return draw.choice(FAULTS)
+        return draw.choice(self.kinds)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """One completion, or a fault in its place."""
         raw = await request.text()
         body: dict[str, Any] = json.loads(raw)
         if self.options.key and request.headers.get("authorization") != f"Bearer {self.options.key}":
-            return web.json_response({"error": {"message": "no such key"}}, status=401)
+            return web.json_response({"error": {"message": f"no such key: {request.headers.get('authorization')}"}}, status=401)
         message = body["messages"][-1]["content"]
         if "TOO LONG" in message:
             return web.json_response({"error": {"message": "maximum context length exceeded"}}, status=400)
-        fault = self.fault(raw)
-        if fault in ("429", "500", "503"):
+        fault = self.fault(raw) if self.options.only in message else ""
+        if fault.isdigit():
             return web.json_response({"error": fault}, status=int(fault), headers={"retry-after": "0.05"} if fault == "429" else {})
         if fault == "hang":
             await asyncio.sleep(3600)
@@ -118,6 +119,8 @@ if __name__ == "__main__":
     parser.add_argument("--log", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=float, default=0.0, help="share of askings that meet one")
+    parser.add_argument("--kinds", default="", help="of faults, with commas between them; all of them without it")
+    parser.add_argument("--only", default="", help="messages that hold this meet faults")
     parser.add_argument("--most-faults", type=int, default=4, help="of one request; then it is answered")
     parser.add_argument("--seconds", type=float, default=0.0, help="that a completion takes")
     parser.add_argument("--places", type=int, default=0, help="completions at once; others wait")

@@ -61,7 +61,10 @@ def test_prompts_of_ones_own_and_their_faults(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab. \n!?漢。é"), max_size=400), st.integers(2, 40))
+@given(
+    st.lists(st.sampled_from(["a", "b", ". ", "\n", "! ", "?", "漢", "。", "é", " " * 30, "\n\n"]), max_size=300).map("".join),
+    st.integers(2, 40),
+)
 def test_chunks_cover_a_text_and_none_is_too_long(text: str, most: int) -> None:
     found = chunks(text, most)
     assert "".join("".join(text[c.begin : c.end].split()) for c in found) == "".join(text.split())
@@ -88,6 +91,12 @@ def test_chunks_end_where_paragraphs_and_sentences_do() -> None:
         ("Here is the rewritten text: Olten's bridge dates from the year of 1466, and has been rebuilt.", {}, "Olten's bridge dates from the year of 1466, and has been rebuilt.", ""),
         ("Here are three reasons: money, fire and water, which rule all the bridges of that land.", {}, "Here are three reasons: money, fire and water, which rule all the bridges of that land.", ""),
         ("# A bridge\n\n**Olten** paid for `it` each time, and [people](http://a.b) still *do* so, they say.\n\nI hope this helps!", {}, "A bridge\n\nOlten paid for it each time, and people still do so, they say.", ""),
+        ("Sure! I'd be happy to help.\n\nHere is the text in other words:\n\nOlten's bridge dates from 1466, says the chronicle.", {}, "Olten's bridge dates from 1466, says the chronicle.", ""),
+        ("OK Go is a band of four from Chicago, formed in the year of 1998 by two friends.", {}, "OK Go is a band of four from Chicago, formed in the year of 1998 by two friends.", ""),
+        ("Certainly the bridge of Olten is old: it burned in more than one century, it is told.", {}, "Certainly the bridge of Olten is old: it burned in more than one century, it is told.", ""),
+        ("Here are the ingredients of the bread:\n- flour of rye\n- water from the well\n- salt", {}, "Here are the ingredients of the bread:\nflour of rye\nwater from the well\nsalt", ""),
+        ("In `__init__`, the snake__case__name is a**b**c, which is **bold** of you, they say.", {}, "In __init__, the snake__case__name is a**b**c, which is bold of you, they say.", ""),
+        ("**In short:** the bridge burned twice and was paid for twice by the town of Olten.", {"prefix": "In short:"}, "the bridge burned twice and was paid for twice by the town of Olten.", ""),
         ("“The old bridge of Olten, built before the printing press came, burned twice.”", {}, "The old bridge of Olten, built before the printing press came, burned twice.", ""),
         ("I'm sorry, but I cannot help with that request about bridges and fires in towns.", {}, None, "refusal"),
         ("In short: the bridge burned twice and was paid for twice by the town of Olten.", {"prefix": "In short:"}, "the bridge burned twice and was paid for twice by the town of Olten.", ""),
@@ -118,7 +127,7 @@ def recipe(tmp_path: Path, url: str, **rephrase: object) -> DataConfig:
     (tmp_path / "in").mkdir(exist_ok=True)
     rows = [{"text": f"{SOURCE} This is text number {i} of all. " * 8} for i in range(30)] + [{"text": "TOO LONG for every server. " * 12}]
     (tmp_path / "in/towns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    transform = {"kind": "rephrase", "server": {"urls": [url], "model": "small", "first_wait_seconds": 0.02, "timeout_seconds": 2.0},
+    transform = {"kind": "rephrase", "server": {"urls": [url], "model": "small", "first_wait_seconds": 0.02, "timeout_seconds": 60.0},
                  "cache": str(tmp_path / "answers.sqlite"), "styles": {"medium": 3, "own": 1}, "prompts": str(tmp_path), **rephrase}  # fmt: skip
     (tmp_path / "own.toml").write_text('name = "own"\ntemplate = "Say it otherwise: {text}"\nlevel = 5\nchunk_tokens = 64\n')
     values = {"out": str(tmp_path / "out"), "sources": [{"kind": "jsonl", "path": str(tmp_path / "in")}], "workers": 1, "transforms": [transform],
@@ -145,7 +154,7 @@ def test_what_changes_texts_stands_before_the_rephrasing(tmp_path: Path) -> None
 
 
 def test_a_corpus_of_real_and_rephrased_documents(tmp_path: Path) -> None:
-    with server(tmp_path, "--faults", "0.1") as running:
+    with server(tmp_path, "--faults", "0.2", "--kinds", "429,500,no_choices,not_json") as running:
         corpus = prepare(recipe(tmp_path, running.url))
         asked = sum(running.answered().values())
         assert set(corpus.domains) == {"towns", "towns_rephrased"}
@@ -162,6 +171,11 @@ def test_a_corpus_of_real_and_rephrased_documents(tmp_path: Path) -> None:
         for source, split in splits["towns_rephrased"].items():
             assert splits["towns"][source.partition("#rephrase=")[0]] == split, "what is held out is not trained on in other words"
         assert set(splits["towns_rephrased"].values()) == {"train", "heldout"}
+        # Documents that nobody asked for stay, and what is left out is told.
+        alone = prepare(recipe(tmp_path, running.url, keep_source=False, domains=["other"]))
+        assert set(alone.domains) == {"towns"}
         # Another corpus of the same documents costs nothing, whoever would have answered.
-        prepare(recipe(tmp_path, "http://127.0.0.1:9/v1", keep_source=False))
+        without = prepare(recipe(tmp_path, "http://127.0.0.1:9/v1", keep_source=False))
+        left_out = {reason: documents for _, _, reason, documents, _ in without.manifest["funnel"] if reason.startswith(("reph", "no_"))}
+        assert set(without.domains) == {"towns_rephrased"} and left_out == {"rephrased": 30, "no_rephrase": 1}
         assert sum(running.answered().values()) == asked

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from regrowth.kernels import emulation
 from regrowth.kernels.gemm import Cut, Site
 from regrowth.kernels.linear import low_precision_linear
-from regrowth.kernels.quantize import Quantizer
+from regrowth.kernels.quantize import AmaxGroups, Quantizer
 from regrowth.kernels.recipe import LinearPrecision
 from regrowth.pretrain.precision import load_recipe, shipped
 
@@ -45,7 +46,7 @@ def test_a_linear_computes_the_same_by_the_kernels(name: str, monkeypatch: pytes
     monkeypatch.setattr(emulation, "_are_there", lambda device: False)
     by_reference, emulate = both(), emulation.emulate
     monkeypatch.setattr(emulation, "_are_there", lambda device: True)
-    monkeypatch.setattr(emulation, "_gains", lambda quantizer, size, device: True)
+    monkeypatch.setattr(emulation, "_gains", lambda *of: True)
     monkeypatch.setattr(emulation, "emulate", lambda x, quantizer, *rest: used.append(quantizer) or emulate(x, quantizer, *rest))
     for ours, theirs in zip(both(), by_reference, strict=True):
         assert torch.equal(ours, theirs)
@@ -60,25 +61,30 @@ def test_the_kernels_are_used_only_where_they_give_the_reference_s_bits_sooner(
     quantizer = Quantizer("e2m1", "block", 16, "two_level", "stochastic")
     x, seconds = torch.ones(4, 32, device=DEVICE), {"reference": 1.0, "kernels": 0.5}
 
+    def takes(x: torch.Tensor, quantizer: Quantizer, groups: AmaxGroups = AmaxGroups(), transposed: bool = False) -> bool:  # noqa: B008
+        return emulation.takes(x, quantizer, 16, groups, transposed, torch.bfloat16)
+
     def tried() -> bool:
         emulation._gains.cache_clear()
-        return emulation.takes(x, quantizer, 16)
+        return takes(x, quantizer)
 
     def timed(run: Callable[[], torch.Tensor], device: torch.device) -> float:
         return seconds[run.__name__]
 
-    assert not emulation.takes(x.cpu(), quantizer, 16), "there is no GPU that they could run on"
+    assert not takes(x.cpu(), quantizer), "there is no GPU that they could run on"
     monkeypatch.setattr(emulation, "_are_there", lambda device: True)
     monkeypatch.setattr(emulation, "_seconds", timed)
     monkeypatch.setattr(emulation, "_SHAPE", (32, 64))
-    assert tried()
-    assert not emulation.takes(x, Quantizer("e4m3", "tensor", scale="delayed"), 0) and not emulation.takes(x, Quantizer(), 0)
-    assert not emulation.takes(x[:0], quantizer, 16) and not emulation.takes(x[:, :5], quantizer, 0)
+    assert tried() and takes(x, quantizer, transposed=True)
+    group: Any = object()
+    assert not takes(x, quantizer, AmaxGroups(row=group)) and not takes(x, quantizer, AmaxGroups(tensor=group)), "ranks might not agree"
+    assert not takes(x, Quantizer("e4m3", "tensor", scale="delayed")) and not takes(x, Quantizer())
+    assert not takes(x[:0], quantizer) and not takes(x[:, :5], quantizer)
     seconds["kernels"] = 2.0
     assert not tried(), "slower"
     seconds["kernels"], emulate = 0.5, emulation.emulate
     with caplog.at_level(logging.WARNING):
-        monkeypatch.setattr(emulation, "emulate", lambda *given: emulate(*given).add_(1e-6))
+        monkeypatch.setattr(emulation, "emulate", lambda *given: emulate(*given).mul_(1.5))
         assert not tried() and "round otherwise than the reference here" in caplog.text
         monkeypatch.setattr(emulation, "emulate", lambda *given: torch.ops.aten.nothing_of_the_kind)
         assert not tried() and "do not run here, and are not used: AttributeError" in caplog.text

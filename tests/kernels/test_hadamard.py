@@ -54,3 +54,21 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         hadamard(torch.ones(2, 48), 32)
     with pytest.raises(ValueError, match="of 24 does not fit"):
         hadamard(torch.ones(2, 48), 24)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("rows", "columns", "size"), [(128, 1024, 128), (32, 4096, 32), (96, 4096, 32), (64, 1, 64), (2048, 96, 16)])
+def test_how_a_tensor_lies_in_memory_changes_no_bit(rows: int, columns: int, size: int, threads: int) -> None:
+    """Also where there is one block, and where there are more values than a piece has."""
+    x, before = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)), torch.get_num_threads()
+    signs = random_signs(size, 5)
+    torch.set_num_threads(threads)
+    try:
+        wanted = hadamard(x.t().contiguous(), size, signs)
+        apart = torch.stack((x, x), -1)[..., 0]  # every other value in memory
+        for lying in (x.t(), apart.t(), x.repeat(1, 2)[:, :columns].t()):
+            assert torch.equal(hadamard(lying, size, signs), wanted)
+        three = torch.randn(3, columns, rows, generator=torch.Generator().manual_seed(2))
+        assert torch.equal(hadamard(three.transpose(0, 1), size, signs), hadamard(three.transpose(0, 1).contiguous(), size, signs))
+    finally:
+        torch.set_num_threads(before)
