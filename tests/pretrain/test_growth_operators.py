@@ -133,7 +133,11 @@ def grown_configs(draw: st.DrawFn) -> tuple[ModelConfig, dict[str, Any]]:
     }
     if mixture := draw(st.booleans()):
         gate = {"gate": draw(st.sampled_from(["softmax", "sigmoid"])), "normalize": draw(st.booleans())}
-        values["moe"] = {**MOE.model_dump(), **gate, "pattern": draw(st.sampled_from([["moe"], ["dense", "moe"]]))}
+        values["moe"] = {
+            **MOE.model_dump(),
+            **gate,
+            "pattern": draw(st.sampled_from([["moe"], ["dense", "moe"]][: values["layers"]])),
+        }  # one layer with experts at least
     more = draw(st.integers(1, 12))
     operators = [
         {"op": "hyperclone", "factor": draw(st.integers(2, 3)), "noise": draw(st.sampled_from([0.0, 0.3]))},
