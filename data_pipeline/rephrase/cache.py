@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from regrowth.errors import UserError
+from regrowth.errors import RunFailed, UserError
 from regrowth.files import disk_full_message
 
 _LAYOUT = 1
@@ -54,7 +54,8 @@ class RequestCache:
     """The answers in a file.
 
     Raises:
-        UserError: the file is none of these, cannot be written, or stands on a disk that is full.
+        UserError: the file is none of these, or cannot be written.
+        RunFailed: the disk is full; so do all methods.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +119,7 @@ class RequestCache:
             yield
         except sqlite3.OperationalError as error:
             if "full" in str(error):
-                raise UserError(disk_full_message(self.path)) from error
+                raise RunFailed(disk_full_message(self.path)) from error
             raise UserError(
                 f"{self.path}: {error}. The cache of requests needs a folder that can be written, on a file system with locks."
             ) from error

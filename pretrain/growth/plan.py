@@ -47,7 +47,9 @@ class GrowthPlan(Settings):
             "op": " + ".join(operator.op for operator in self.operators),
             "operators": named,
             "moments": self.moments,
-            "scales": self.scales,
+            **(
+                {"scales": self.scales} if self.scales != "reset" else {}
+            ),  # a key that came later; what was grown before it is still verified
             "seed": self.seed,
         }
 
