@@ -72,6 +72,7 @@ class Call:
     site: Site | None = None  # None where the recipe neither draws nor remembers
     training: bool = True
     hardware: bool = False  # products that matrix units take are theirs
+    weight_amax: torch.Tensor | None = None  # of the whole weight, where it is known: fp32, for scales of tensors
 
     def product(self, a: Rounded, b: Rounded, dtype: torch.dtype) -> torch.Tensor:
         """a [..., k] times b [n, k] transposed, in `dtype`."""
@@ -106,13 +107,14 @@ class Call:
         errors = site.errors if site is not None and self.training else None
         stream = self._stream(gemm, side, x, of, transposed) if quantizer.rounding == "stochastic" else None
         taken = self.hardware and x.numel() > 0 and x.shape[-1] % hardware.MULTIPLE == 0 and hardware.takes(entry)
-        if not (taken or mask or errors) and emulation.takes(x, quantizer, entry.hadamard, groups, transposed, dtype):
+        known = self.weight_amax if of == "w" else None
+        if not (taken or mask or errors or known is not None) and emulation.takes(x, quantizer, entry.hadamard, groups, transposed, dtype):
             return Rounded(emulation.emulate(x, quantizer, entry.hadamard, signs, stream, transposed, dtype))
         if entry.hadamard:
             x = hadamard(x, entry.hadamard, signs)
         if quantizer.format is None:
             return Rounded(x)
-        random, amax = None, None
+        random, amax = None, known
         if stream is not None:
             random = stream.bits(len(x)).t() if transposed else stream.bits(x.shape[-1]).reshape(x.shape)
         if quantizer.scale == "delayed" and site is not None and site.history is not None:

@@ -24,13 +24,14 @@ class LowPrecisionLinear(nn.Linear):
         self.precision = HIGH
         self.cut = Cut()
         self.site = Site()
+        self.weight_amax: torch.Tensor | None = None  # fp32 scalar, the largest magnitude of the whole weight where that is known
         self.hardware = False  # products that the device's matrix units take are theirs (`hardware.py`)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.precision.is_high:
             return functional.linear(input, self.weight)
-        return low_precision_linear(input, self.weight, self.precision, self.cut, self.site, self.hardware)
+        return low_precision_linear(input, self.weight, self.precision, self.cut, self.site, self.hardware, self.weight_amax)
 
 
 def low_precision_linear(
@@ -40,12 +41,13 @@ def low_precision_linear(
     cut: Cut | None = None,
     site: Site | None = None,
     hardware: bool = False,
+    weight_amax: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., in] times weight [out, in] under a recipe's entry; differentiable in both."""
     if site is None or not (precision.draws or site.remembers):
-        return _apply(x, weight, Call(precision, cut or Cut(), hardware=hardware))
+        return _apply(x, weight, Call(precision, cut or Cut(), hardware=hardware, weight_amax=weight_amax))
     # What is drawn is another at every step, and what is remembered is every linear's own: compiled into a block, they would have each block compiled at every step.
-    return _apply_as_it_is(x, weight, Call(precision, cut or Cut(), site.now(), torch.is_grad_enabled(), hardware))
+    return _apply_as_it_is(x, weight, Call(precision, cut or Cut(), site.now(), torch.is_grad_enabled(), hardware, weight_amax))
 
 
 def _apply(x: torch.Tensor, weight: torch.Tensor, call: Call) -> torch.Tensor:

@@ -22,6 +22,7 @@ from regrowth.parallel.engine import INPUTS, MicroBatch, ModelDescription, Repor
 from regrowth.parallel.layout import Layouts
 from regrowth.parallel.mesh import Mesh
 from regrowth.parallel.model_parallel import AuxiliaryLosses, ContextParallel, ModelParallel
+from regrowth.parallel.narrow_gather import NarrowGather
 from regrowth.parallel.pipeline import build_schedule, forward_only, layers_of_stages, stages_of_rank
 from regrowth.parallel.tensor_parallel import TensorParallel
 
@@ -76,6 +77,8 @@ class NativeEngine:
         self.run: nn.Module | None = replicate(self.stages[0], mesh) if self.wrapped else self.stages.get(0) if plan.pp == 1 else None
         self._collect(description.tied and plan.pp > 1)
         self._mirror()
+        sharded = plan.gather != "wide" and mesh.size("fsdp") > 1
+        self.narrow = NarrowGather(self.modules, mesh, plan.gather) if sharded else None
         # The optimizer works on what this rank holds, as plain tensors: shards of different meshes then stand in one group, and a small step
         # does not pay for DTensor's dispatch.
         self.held = {name: nn.Parameter(_local(p), requires_grad=p.requires_grad) for name, p in self.named}
@@ -128,6 +131,8 @@ class NativeEngine:
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], report: Report, scale: float) -> list[torch.Tensor]:
         """Accumulate d(scale * sum of all ranks' totals) into the gradients; returns the reports of each micro-batch's sequences."""
+        if self.narrow:
+            self.narrow.prepare()
         # DDP averages over ranks; everything here is a sum over them.
         self.auxiliary.scale = self.scale = scale * (self.data_ranks if self.wrapped else 1)
         parts = [take_part(batch, self.mesh.place["cp"], self.plan.cp) for batch in micro_batches]
@@ -148,6 +153,8 @@ class NativeEngine:
     @torch.no_grad()
     def forward(self, micro_batch: MicroBatch, report: Report) -> torch.Tensor:
         """The reports, without gradients. Collective: every rank calls it equally often; `forward_rows` sequences fill a pipeline."""
+        if self.narrow:
+            self.narrow.prepare()
         part = take_part(micro_batch, self.mesh.place["cp"], self.plan.cp)
         with self._precision():
             if (group := self.mesh.group("pp")) is None:

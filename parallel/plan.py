@@ -64,6 +64,8 @@ class ParallelPlan(Settings):
     stages_per_rank: Size | None = None  # with pp; None: the least that the schedule takes
     stage_layers: list[Annotated[int, Field(ge=0)]] | None = None  # layers of each stage; None: balanced by cost
     reshard_after_forward: bool | None = None  # with dp_shard: free gathered weights until the backward pass; None: unless under pp
+    # With dp_shard: weights that a precision recipe rounds by one scale are sent as eight bits ("narrow"), or never ("wide"); "auto": where that is measured to be faster.
+    gather: Literal["auto", "wide", "narrow"] = "auto"
     offload: bool = False  # with dp_shard: keep weights, gradients and moments in the host's memory
     recompute: Literal["none", "full", "selective"] = "none"  # activations, in the backward pass; selective keeps matrix products
     recompute_every: Size = 1  # of the layers, recompute every n-th

@@ -121,6 +121,7 @@ CASES: list[Case] = [
     _case("dense", "nvfp4", tp=2, cp=2),
     _case("dense", "fp4_dge_occ", tp=2),
     _case("dense", "fp8_tensorwise", dp_replicate=2, pp=2),
+    _case("dense", "fp8_tensorwise", dp_shard=2, tp=2, gather="narrow"),
     _case("dense", "mxfp4_quartet", compile=True),
     _case("moe", "fp8_tensorwise", cp=2, ep=2),
     # bf16 products over fp32 masters

@@ -50,9 +50,8 @@ class AdaptiveLimit:
     def complained(self) -> None:
         """The server was asked for too much, or seems to be."""
         self._complaints += 1
-        if self._complaints >= max(2.0, _COMPLAINTS * (self._answers + self._complaints)) and self._answers + self._complaints >= min(
-            10, self.limit
-        ):
+        back = self._answers + self._complaints
+        if back >= min(10, self.limit) and self._complaints >= max(2.0, _COMPLAINTS * back):
             self.limit = max(1, int(self.limit * _SHRINK))
             self._rest = 2
             self._begin()

@@ -66,8 +66,10 @@ def load_prompt(name: str, folder: Path | None = None) -> Prompt:
     """A style by name: from a folder of one's own where it is there, else one that ships.
 
     Raises:
-        UserError: no such style, or a fault in its file, by key.
+        UserError: no such folder or style, or a fault in its file, by key.
     """
+    if folder and not folder.is_dir():
+        raise UserError(f"prompts = {folder}: there is no such folder.")
     own = folder / f"{name}.toml" if folder else None
     path = own if own and own.exists() else recipe_folder() / "prompts" / f"{name}.toml"
     if not path.exists():

@@ -56,6 +56,8 @@ def test_prompts_of_ones_own_and_their_faults(tmp_path: Path) -> None:
     (tmp_path / "third.toml").write_text('name = "mine"\ntemplate = "{text}"\n')
     with pytest.raises(UserError, match='give the prompt the name of its file, "third"'):
         load_prompt("third", tmp_path)
+    with pytest.raises(UserError, match=r"prompts = .*nowhere: there is no such folder"):
+        load_prompt("easy", tmp_path / "nowhere")
     with pytest.raises(UserError, match='there is no prompt "esay"; did you mean "easy"'):
         load_prompt("esay", tmp_path)
 
