@@ -54,6 +54,7 @@ class ExecutorConfig(Settings):
     account: str | None = None
     minutes: Annotated[int, Field(ge=1)] = 240
     cpus_per_task: Annotated[int, Field(ge=1)] = 1
+    gpus_per_task: Annotated[int, Field(ge=0)] = 0  # of the tasks that rephrase: for the server that each starts, or its model
     memory_gigabytes: Annotated[float, Field(gt=0)] | None = None  # per task; None leaves it to the cluster
     setup: list[str] = []  # shell lines before each task: modules, environments
 

@@ -254,8 +254,10 @@ def _inputs(config: DataConfig) -> dict[str, str]:
                     raise UserError(f"data.transforms.{number}.{key} = {path}: there is no such file.")
                 inputs[f"transforms.{number}.{key}"] = sha256_of(Path(path))
         if isinstance(transform, Rephrase):
-            inputs[f"transforms.{number}.model"] = transform.server.model
-            for style in transform.styles:
+            inputs[f"transforms.{number}.model"] = transform.engine.model
+            if transform.server is not None and transform.server.extra:
+                inputs[f"transforms.{number}.extra"] = fingerprint(transform.server.extra)
+            for style in transform.all_styles:
                 inputs[f"transforms.{number}.styles.{style}"] = fingerprint(load_prompt(style, transform.prompts).model_dump(mode="json"))
         if isinstance(transform, Decontaminate):
             listed = find_files(transform.path, JSONL, f"data.transforms.{number}.path")

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from regrowth.data_pipeline.rephrase.config import ServerConfig
+from regrowth.data_pipeline.rephrase.config import LocalModelConfig, ServerConfig
 from regrowth.settings import PlainName, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -188,25 +188,61 @@ class Decontaminate(TransformSettings):
     max_shared: Count = 0
 
 
+Styles = dict[str, Annotated[float, Field(gt=0)]]  # a document gets one of them, by these weights
+
+
+class StyleRule(Settings):
+    """Styles for some documents: those of some domains, or with a score in a range."""
+
+    styles: Styles = {}  # {}: they are left as they are
+    domains: list[str] = []  # [] for all
+    score: str | None = None  # a score's name, as a classifier before gave it; documents without it do not fit
+    at_least: float | None = None
+    below: float | None = None
+
+
+class Similarity(Settings):
+    """What a model in this process says of source and rephrase; below `least`, the rephrase is dropped."""
+
+    path: str  # a folder, or a name on the Hub
+    kind: Literal["embedding", "entailment"] = "embedding"  # the cosine of mean embeddings; the chance that the source entails it
+    least: float
+    device: str = "auto"
+
+
 class Rephrase(TransformSettings):
     """Ask a language model to write documents anew (WRAP, arXiv 2401.16380). What it wrote follows its source, as a document of its own in a domain of its own."""
 
     inputs = ("tokenizer",)
-    work = ("server", "cache", "budget_tokens")
+    work = ("server", "local", "cache", "budget_tokens")
 
     kind: Literal["rephrase"]
-    server: ServerConfig
-    styles: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {
-        "medium": 1.0
-    }  # a document gets one of them, by these weights
+    server: ServerConfig | None = None
+    local: LocalModelConfig | None = None  # instead of a server
+    styles: Styles = {"medium": 1.0}
+    rules: list[StyleRule] = []  # the first that fits a document takes the place of `styles`
     domains: list[str] = []  # that are rephrased; [] for all
     keep_source: bool = True  # else what was rephrased, or could not be, is dropped
     domain: str = "{domain}_rephrased"  # of what was written; {domain} and {style} are filled in
     prompts: Path | None = None  # a folder of prompts of one's own
     tokenizer: str | None = None  # a tokenizer.json that counts a chunk's tokens; None: a quarter of its bytes
+    language: str = "same"  # of what was written: "same" as the source's, "any", or a code ("en")
+    similarity: Similarity | None = None
     cache: Path = Path("rephrased.sqlite")  # answers, which outlive this corpus: nothing is asked twice
     budget_tokens: Annotated[int, Field(ge=1)] | None = None  # that all answers in the cache may have cost
     retry_errors: bool = False  # ask again what failed before; makes another corpus, whose good answers are in the cache
+
+    @property
+    def engine(self) -> ServerConfig | LocalModelConfig:
+        """What answers."""
+        engine = self.server or self.local
+        assert engine is not None
+        return engine
+
+    @property
+    def all_styles(self) -> list[str]:
+        """That a document may get."""
+        return list(dict.fromkeys([*self.styles, *(style for rule in self.rules for style in rule.styles)]))
 
     @field_validator("domain")
     @classmethod
@@ -216,6 +252,14 @@ class Rephrase(TransformSettings):
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f'"{value}" has a place for something else than {{domain}} and {{style}} ({error})') from error
         return value
+
+    @model_validator(mode="after")
+    def _one_engine_and_some_style(self) -> "Rephrase":
+        if (self.server is None) == (self.local is None):
+            raise ValueError("rephrase: name what answers, either [server] (urls, model) or [local] (path)")
+        if not self.all_styles:
+            raise ValueError("rephrase: neither styles nor rules name a style")
+        return self
 
 
 class ExactDedup(TransformSettings):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from rich.table import Table
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.executors.ranks import pass_gates, work
+from regrowth.data_pipeline.phases.base import Phase
+from regrowth.data_pipeline.phases.curate import CuratePhase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.data_pipeline.prepare import reopened
 from regrowth.data_pipeline.status import PhaseStatus, corpus_status
+from regrowth.data_pipeline.transform_config import Rephrase
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import read_json, write_json
 from regrowth.launch.data import data_config, prepare_with_progress, print_corpus, show_plan
@@ -23,6 +27,7 @@ from regrowth.launch.slurm import ArrayJob, queued, render_array, submit
 from regrowth.mpi import started_by_mpi
 
 _GATE_SECONDS = 20.0
+_DRAIN_SECONDS = 30  # for answers that are under way when a task is to end
 
 
 def run(recipe: str, overrides: list[str], executor: str | None, dry_run: bool, print_only: bool, wait: bool, retry_failed: bool) -> None:
@@ -67,7 +72,8 @@ def _run_slurm(config: DataConfig, console: Console, print_only: bool, wait: boo
     for number, ranks in _array_sizes(pipeline, config.workers):
         phase = pipeline.phases[number]
         script = render_array(
-            ArrayJob(f"{config.name}-{phase.name}", pipeline.root, number, ranks, jobs[-1]["id"] if jobs else ""), config.executor
+            ArrayJob(f"{config.name}-{phase.name}", pipeline.root, number, ranks, jobs[-1]["id"] if jobs else "", _gpus(phase, config)),
+            config.executor,
         )
         if print_only:
             console.print(script, end="", markup=False, highlight=False, soft_wrap=True)
@@ -81,6 +87,11 @@ def _run_slurm(config: DataConfig, console: Console, print_only: bool, wait: boo
     console.print(f"regrowth data status {pipeline.root}", soft_wrap=True)
     if wait:
         _wait(pipeline.root, console)
+
+
+def _gpus(phase: Phase, config: DataConfig) -> int:
+    rephrases = isinstance(phase, CuratePhase) and any(isinstance(t, Rephrase) for t in phase.configs)
+    return config.executor.gpus_per_task if rephrases else 0
 
 
 def _array_sizes(pipeline: Pipeline, workers: int) -> list[tuple[int, int]]:
@@ -121,11 +132,26 @@ def _still_queued(pipeline: Pipeline) -> bool:
 
 
 def worker(folder: Path, phase: int, rank: int, world: int) -> None:
-    """One rank's share of one phase: what an array task runs. SIGTERM stops it between or within tasks, nothing is lost but the task at hand."""
+    """One rank's share of one phase: what an array task runs. SIGTERM stops it between or within tasks, nothing is lost but the task at hand; requests that are under way are
+    waited for a while, for their answers are paid."""
     finished = 0
+    engines: list[Any] = []  # that were asked to end
+
+    def leave(*_: Any) -> None:
+        for engine in engines:
+            engine.abandon()
+        # 75: it got something done, so another round will too.
+        os._exit(75 if finished or any(engine.recorded for engine in engines) else 1)
 
     def stop(*_: Any) -> None:
-        os._exit(75 if finished else 1)  # 75: it got something done, so another round will too
+        nonlocal engines
+        engines = list(getattr(sys.modules.get("regrowth.data_pipeline.rephrase.engine"), "WORKING", ()))
+        if not any(engine.waited_for for engine in engines):
+            leave()
+        for engine in engines:
+            engine.end_soon("stopped by SIGTERM; what was answered is kept, and the same command goes on")
+        signal.signal(signal.SIGALRM, leave)
+        signal.alarm(_DRAIN_SECONDS)
 
     signal.signal(signal.SIGTERM, stop)
     pipeline = Pipeline.open(folder)
@@ -144,6 +170,8 @@ def worker(folder: Path, phase: int, rank: int, world: int) -> None:
         finished += 1
 
     _, letters = work(pipeline, phase, rank, world, count)
+    if engines:
+        leave()
     if letters:
         raise RunFailed("; ".join(letters[:3]))
     if pipeline.phases[phase].kind == "finish":

@@ -204,6 +204,7 @@ class ArrayJob:
     phase: int
     ranks: int
     after: str = ""
+    gpus: int = 0  # of each task
 
 
 def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
@@ -221,6 +222,7 @@ def render_array(job: ArrayJob, options: ExecutorConfig) -> str:
         ranks=job.ranks,
         throttle=options.throttle,
         cpus=options.cpus_per_task,
+        gpus=job.gpus,
         minutes=options.minutes,
         memory_megabytes=int(options.memory_gigabytes * 1024) if options.memory_gigabytes else None,
         partition=_option(options.partition) if options.partition else "",

@@ -17,6 +17,7 @@ from regrowth.data_pipeline.encoder import one_thread_each
 from regrowth.data_pipeline.executors.ranks import pass_gates, run_alone
 from regrowth.data_pipeline.phases.base import Phase
 from regrowth.data_pipeline.pipeline import Pipeline
+from regrowth.data_pipeline.transform_config import Rephrase
 from regrowth.errors import RegrowthError, RunFailed, UserError
 
 # What the caller shows of the progress: (what is being done, how much is done, of how much).
@@ -31,6 +32,12 @@ def run_local(pipeline: Pipeline, workers: int, report: Progress) -> None:
         RunFailed: a task failed, or its process died more often than executor.attempts; run again to go on.
     """
     executor = pipeline.config.executor
+    own = [t for t in pipeline.config.transforms if isinstance(t, Rephrase) and (t.local or (t.server and t.server.start))]
+    if own and workers > 1:
+        raise UserError(
+            f"data.workers = {workers}: each of them would load a model of its own (rephrase). Set data.workers = 1, for one asks as much at once as the "
+            "model takes; or start the server yourself and give its server.urls; or do the work as Slurm tasks (--executor slurm), of which each has its own."
+        )
     if workers == 1:
         run_alone(pipeline, report, executor.max_failed)
         return

@@ -18,18 +18,21 @@ def work(
     if phase.settled:
         return 0, []
     done, letters = 0, []
-    for task in assigned(phase.task_sizes, list(range(len(phase.task_sizes))), rank, world_size):
-        if phase.done(task):
-            continue
-        try:
-            phase.run_task(task)
-            done += 1
-            on_done(task)
-        except RegrowthError as error:
-            letters.append(str(error))
-        except Exception as error:
-            traceback.print_exc()
-            letters.append(f"{type(error).__name__}: {error}")
+    try:
+        for task in assigned(phase.task_sizes, list(range(len(phase.task_sizes))), rank, world_size):
+            if phase.done(task):
+                continue
+            try:
+                phase.run_task(task)
+                done += 1
+                on_done(task)
+            except RegrowthError as error:
+                letters.append(str(error))
+            except Exception as error:
+                traceback.print_exc()
+                letters.append(f"{type(error).__name__}: {error}")
+    finally:
+        phase.release()
     return done, letters
 
 
@@ -57,13 +60,16 @@ def run_alone(pipeline: Pipeline, report: Callable[[str, float, float], None], m
         total, done = sum(sizes), sum(sizes) - sum(sizes[t] for t in left)
         report(phase.name, done, total)
         failed = 0
-        for task in left:
-            try:
-                phase.run_task(task)
-            except Exception as error:
-                failed += 1
-                if not phase.may_lose or failed > max_failed:
-                    raise error if isinstance(error, RegrowthError) else RunFailed(phase.letter([task], max_failed)) from error
-            report(phase.name, done := done + sizes[task], total)
+        try:
+            for task in left:
+                try:
+                    phase.run_task(task)
+                except Exception as error:
+                    failed += 1
+                    if not phase.may_lose or failed > max_failed:
+                        raise error if isinstance(error, RegrowthError) else RunFailed(phase.letter([task], max_failed)) from error
+                report(phase.name, done := done + sizes[task], total)
+        finally:
+            phase.release()
         phase.settle(max_failed)
     pass_gates(pipeline, len(pipeline.phases), max_failed)

@@ -87,6 +87,9 @@ class Phase:
         """Do one task and return what its record says."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Let go of what this process holds for the phase's tasks; it has done its share."""
+
     @cached_property
     def task_sizes(self) -> list[int]:
         """`sizes`, asked once."""

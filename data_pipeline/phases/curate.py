@@ -4,9 +4,10 @@ A recipe's transforms form segments: what can be done batch by batch, then the d
 segment reads the parts of the one before without what was found to be duplicate; so does sharding behind the last one.
 """
 
+import collections
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from regrowth.data_pipeline.document import DOCUMENT, EMPTY, Raw, mark_dropped, 
 from regrowth.data_pipeline.phases.base import Funnel, OnDrop, Phase, count, funnel_rows, new_funnel
 from regrowth.data_pipeline.sources.registry import build_source
 from regrowth.data_pipeline.transform_config import LineDedup, MinHashDedup
-from regrowth.data_pipeline.transforms.base import Transform, score_of
+from regrowth.data_pipeline.transforms.base import Parted, Transform, score_of
 from regrowth.data_pipeline.transforms.hashing import content_hashes
 from regrowth.data_pipeline.transforms.registry import build_transforms
 from regrowth.errors import UserError
@@ -62,6 +63,11 @@ class CuratePhase(Phase):
         """The transforms, built once a process: some load models or word lists."""
         return build_transforms(self.configs)
 
+    def release(self) -> None:
+        """Stop the servers and free the models of transforms."""
+        for transform in self.__dict__.pop("transforms", []):
+            transform.close()
+
     def run(self, task: int) -> dict[str, Any]:
         """Read, transform, write what is kept and what is dropped."""
         funnel, keys = new_funnel(), _Keys(self, task)
@@ -71,12 +77,7 @@ class CuratePhase(Phase):
             kept_partial = stack.enter_context(atomic_path(self.path(task, ".arrow")))
             kept = stack.enter_context(pa.ipc.new_stream(str(kept_partial), CURATED))
             drop = stack.enter_context(self.dropping(task, funnel))
-            for batch in self._input(task, funnel, drop):
-                for transform in self.transforms:
-                    batch, out = transform(batch)
-                    if out is not None:
-                        drop(out)
-                    count(funnel, batch, transform.name, "")
+            for batch in through(self.transforms, self._input(task, funnel, drop), funnel, drop):
                 if len(batch):
                     hashes = content_hashes(batch.column("text"))
                     column = pa.FixedSizeBinaryArray.from_buffers(_HASH.type, len(batch), [None, pa.py_buffer(hashes.tobytes())])
@@ -115,6 +116,30 @@ class CuratePhase(Phase):
             domain = getattr(config, "domain", None) or PurePath(item.paths[0]).name.split(".")[0]
             for _, nothing in to_batches(Raw("", domain, path, dropped=EMPTY) for path in item.paths):
                 drop(nothing)
+
+
+def through(transforms: list[Transform], batches: Iterator[pa.RecordBatch], funnel: Funnel, drop: OnDrop) -> Iterator[pa.RecordBatch]:
+    """The batches behind all transforms, in order; what is dropped is handed to `drop`, and both are counted."""
+
+    def one(transform: Transform, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        def finished(begun: Callable[[], Parted]) -> pa.RecordBatch:
+            batch, out = begun()
+            if out is not None:
+                drop(out)
+            count(funnel, batch, transform.name, "")
+            return batch
+
+        begun: collections.deque[Callable[[], Parted]] = collections.deque()
+        for batch in batches:
+            begun.append(transform.begin(batch))
+            if len(begun) > transform.ahead:
+                yield finished(begun.popleft())
+        while begun:
+            yield finished(begun.popleft())
+
+    for transform in transforms:
+        batches = one(transform, batches)
+    return batches
 
 
 class _Keys:

@@ -1,5 +1,6 @@
 """What a model answered, without what it says around it; or why it is no rephrase."""
 
+import random
 import re
 
 from regrowth.data_pipeline.rephrase.cache import Answer
@@ -39,15 +40,17 @@ _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][\w’'-]{2,}")
 _NAMELIKE = re.compile(r"[A-Z][\w’'-]{2,}")
 _WORD = re.compile(r"\w+")
 _RUN = 8  # words
+_PAIR = re.compile(r"^[ \t]*(?:\d+[.)][ \t]*)?Question(?: \d+)?:", re.MULTILINE | re.IGNORECASE)
+_TOKENS_A_PAIR = 15  # of the source, for each pair that may be kept (Nemotron-CC: ten for each 150)
 
 
 def clean(answer: Answer, source: str, after: After, count: CountTokens = estimated_tokens) -> tuple[str, str]:
     """(the rephrase, "") or (what was said, why it is dropped).
 
-    Reasons: error, cut_off, no_prefix, refusal, form, too_short, copied, numbers_lost, names_lost.
+    Reasons: error (that may not come again), rejected (by the server, and would be again), cut_off, no_prefix, refusal, form, too_short, copied, numbers_lost, names_lost.
     """
     if answer.error:
-        return answer.error, "error"
+        return answer.error, "error" if answer.transient else "rejected"
     said = answer.text.strip()
     if answer.finish == "length":
         return said, "cut_off"
@@ -71,6 +74,15 @@ def clean(answer: Answer, source: str, after: After, count: CountTokens = estima
     if kept_share(set(_NAME.findall(source)), set(_NAMELIKE.findall(text))) < after.keep_names:
         return said, "names_lost"
     return text, ""
+
+
+def some_pairs(text: str, source_tokens: int, seed: str) -> str:
+    """Of the questions with their answers, a number drawn between 1 and ten for each 150 tokens of the source, in an order that is drawn (Nemotron-CC, arXiv 2412.02595)."""
+    begins = [found.start() for found in _PAIR.finditer(text)]
+    pairs = [text[begin:end].strip() for begin, end in zip(begins, [*begins[1:], len(text)], strict=True)]
+    chance = random.Random(seed)
+    chance.shuffle(pairs)
+    return "\n\n".join(pairs[: chance.randint(1, max(1, source_tokens // _TOKENS_A_PAIR))])
 
 
 def tidy(text: str, after: After) -> str:

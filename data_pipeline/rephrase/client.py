@@ -1,151 +1,188 @@
 """Many requests to a few servers: as many at once as they take, again where it may help, and none that was answered before."""
 
 import asyncio
+import collections
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
-from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache, request_key
+from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
 from regrowth.data_pipeline.rephrase.config import ServerConfig
 from regrowth.data_pipeline.rephrase.endpoint import Endpoint, Refused, Retry
+from regrowth.data_pipeline.rephrase.engine import Engine, Report, Request
 from regrowth.data_pipeline.rephrase.limit import AdaptiveLimit
-from regrowth.errors import RunFailed, need
+from regrowth.data_pipeline.rephrase.own_server import OwnServer
+from regrowth.errors import RunFailed, UserError, need
 
 _LONGEST_WAIT_SECONDS = 60.0
 _LOOK_FOR_LOST_SECONDS = 2.0
 _CONNECT_SECONDS = 30.0
+_ABANDON_SECONDS = 5.0
 _DOUBTFUL = 8  # failures without an answer between them, at which a server has to prove that it answers anything at all
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked: a chat completion's payload without the model, and marks that make it this request (the document's id, the prompt's version)."""
-
-    payload: dict[str, Any]
-    marks: tuple[str, ...] = ()
-
-
-class Client:
-    """Asks servers through a cache. To be used by one thread; it keeps its connections from one call to the next.
-
-    Args:
-        budget_tokens: that all answers of the cache may have cost together; None for any number.
-        retry_errors: whether requests whose error was recorded are made again.
-    """
+class Client(Engine):
+    """Asks servers. It keeps its connections, and what is under way, from one call to the next."""
 
     def __init__(self, config: ServerConfig, cache: RequestCache, budget_tokens: int | None = None, retry_errors: bool = False) -> None:
-        self.config, self.cache, self.budget_tokens, self.retry_errors = config, cache, budget_tokens, retry_errors
+        super().__init__(config.model, cache, budget_tokens, retry_errors, config.extra)
+        self.config = config
         self.limit = AdaptiveLimit(config.first_in_flight, config.max_in_flight)
         self.retries: dict[str, int] = {}  # how often, by reason
         self._loop = asyncio.new_event_loop()
         self._session: Any = None
         self._endpoints: list[Endpoint] = []
         self._random = random.Random()
-
-    def key(self, request: Request) -> str:
-        """Under which its answer is kept."""
-        return request_key({"model": self.config.model, **request.payload}, *request.marks)
-
-    def answers(self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None) -> list[Answer]:
-        """The answers, in order; those that the cache has cost nothing.
-
-        Args:
-            report: told how many have come by now.
-
-        Raises:
-            UserError: the key, the address or the model is wrong.
-            RunFailed: no server has answered for `give_up_seconds`, or the budget is used up. What was answered is kept.
-        """
-        keys = [self.key(request) for request in requests]
-        found = {key: answer for key, answer in self.cache.find(keys).items() if not (answer.error and self.retry_errors)}
-        open_ = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
-        report(len(keys) - len(open_))
-        if open_:
-            found |= self._loop.run_until_complete(self._ask_all(open_, lambda done: report(len(keys) - len(open_) + done)))
-        return [found[key] for key in keys]
+        self._own = OwnServer(config, cache.path) if config.start else None
+        self._asking: _Asking | None = None
 
     def close(self) -> None:
-        """End the connections."""
+        """End the connections, and the server that was started here."""
+        if self._loop.is_closed():
+            return
+        if self._asking is not None:
+            self._loop.run_until_complete(self._asking.give_up())
         if self._session is not None:
             self._loop.run_until_complete(self._session.close())
         self._loop.close()
+        if self._own is not None:
+            self._own.stop()
 
-    async def _open(self) -> None:
+    def abandon(self) -> None:
+        """Stop the server that was started here."""
+        if self._own is not None:
+            self._own.stop(_ABANDON_SECONDS)
+
+    def _take_up(self, requests: dict[str, Request]) -> None:
+        if not requests:
+            return
+        if self._asking is None:
+            self._asking = _Asking(self)
+        self._asking.take_up(requests)
+
+    def _wait_for(self, keys: set[str], report: Report) -> dict[str, Answer]:
+        assert self._asking is not None
+        try:
+            return self._loop.run_until_complete(self._asking.until(keys, report))
+        except BaseException:
+            self._loop.run_until_complete(self._asking.give_up())
+            self._asking = None  # what was begun beside it is begun anew by whoever goes on
+            raise
+
+    async def open(self) -> None:
+        """Make connections possible; where the server is this process's own, start it.
+
+        Raises:
+            UserError: the server does not start, the key is not set.
+            RunFailed: the server takes too long.
+        """
+        if self._session is not None:
+            return
         aiohttp = need("aiohttp", "rephrasing by a server")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_seconds, sock_connect=_CONNECT_SECONDS),
         )
-        self._endpoints = [Endpoint(url, self.config, self._session) for url in self.config.urls]
+        urls = self.config.urls if self._own is None else [self._own.start()]
+        self._endpoints = [Endpoint(url, self.config, self._session) for url in urls]
+        if self._own is not None:
+            await self._own.wait(self._endpoints[0], lambda: self._ended is not None)
 
-    async def _ask_all(self, requests: dict[str, Request], report: Callable[[int], None]) -> dict[str, Answer]:
-        if self._session is None:
-            await self._open()
-        run = _Run(self, iter(requests.items()), report)
-        await run.to_the_end()
-        return run.answers
-
-    def _endpoint(self) -> Endpoint | None:
+    def endpoint(self) -> Endpoint | None:
         """The one with the least to do, of those that are not lost."""
         well = [endpoint for endpoint in self._endpoints if endpoint.lost_since is None]
         return min(well, key=lambda endpoint: endpoint.in_flight) if well else None
 
 
-class _Run:
-    """One call: workers as many as the limit says, each with one request at a time; answers are written together, before anyone hears of them."""
+class _Asking:
+    """Workers as many as the limit says, each with one request at a time; answers are written together, before anyone hears of them."""
 
-    def __init__(self, client: Client, requests: Iterator[tuple[str, Request]], report: Callable[[int], None]) -> None:
-        self.client, self.requests, self.report = client, requests, report
+    def __init__(self, client: Client) -> None:
+        self.client = client
         self.answers: dict[str, Answer] = {}
+        self._waiting: collections.deque[tuple[str, Request]] = collections.deque()
+        self._known: set[str] = set()  # waiting, under way, or answered and not fetched yet
+        self._missing: set[str] = set()  # of those that somebody waits for
         self._unwritten: list[tuple[str, Answer]] = []
         self._workers: set[asyncio.Task[None]] = set()
-        self._exhausted = False
+        self._searcher: asyncio.Task[None] | None = None
         self._doubtful: list[tuple[str, Answer]] = []  # failures since the last answer: the requests', or the servers'?
         self._failure: BaseException | None = None  # why no more is asked; what is under way is still waited for, for it is paid
-        self._spent = sum(client.cache.spent()) if client.budget_tokens is not None else 0
+        self._spent = 0
+        self._proved = False  # whether anything was ever answered
+        self._changed = asyncio.Event()
 
-    async def to_the_end(self) -> None:
-        """Until all requests are answered, or something says that the rest will not be."""
-        searcher = asyncio.create_task(self._look_for_the_lost())
-        try:
+    def take_up(self, requests: dict[str, Request]) -> None:
+        """More of them, behind those that are there."""
+        self._spent = sum(self.client.cache.spent())
+        self._proved = self._proved or self._spent > 0
+        new = {key: request for key, request in requests.items() if key not in self._known}
+        self._known.update(new)
+        self._waiting.extend(new.items())
+
+    async def until(self, keys: set[str], report: Report) -> dict[str, Answer]:
+        """The answers to some of what was taken up; the rest goes on meanwhile.
+
+        Raises:
+            UserError, RunFailed: why they will not all come; what was under way has been waited for.
+        """
+        await self.client.open()
+        if self._searcher is None:
+            self._searcher = self._watched(self._look_for_the_lost())
+        self._missing, told = keys - self.answers.keys(), -1
+        while True:
+            if len(self._missing) != told:
+                told = len(self._missing)
+                report(len(keys) - told)
+            if not self._missing:
+                self._known -= keys
+                return {key: self.answers.pop(key) for key in keys}
+            self._changed.clear()
             self._hire()
-            while self._workers:
-                watched = self._workers if searcher.done() else {*self._workers, searcher}
-                done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                self._workers -= done
-                for task in done:
-                    if (error := task.exception()) is not None:
-                        self._fail(error)
-                self._hire()
-                if not self._workers and self._failure is None:
-                    await self._settle_doubts()
-        finally:
-            for task in (*self._workers, searcher):
-                task.cancel()
-            await asyncio.gather(*self._workers, searcher, return_exceptions=True)
-            self._write()
-        if self._failure is not None:
-            raise self._failure
+            if self._workers or self._unwritten:
+                await self._changed.wait()
+            elif self._failure is not None:
+                raise self._failure
+            else:
+                await self._settle_doubts()
+                self._write()
+
+    def _watched(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._workers.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._fail(error)
+            self._changed.set()
+
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(ended)
+        return task
+
+    async def give_up(self) -> None:
+        """Ask no more, and keep what has come."""
+        tasks = [*self._workers, *([self._searcher] if self._searcher else [])]
+        self._failure = self._failure or RunFailed("given up")  # workers that are cancelled hire no others
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._workers.clear()
+        self._write()
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
-        self._exhausted = True
 
     def _hire(self) -> None:
-        while not self._exhausted and len(self._workers) < self.client.limit.limit:
-            self._workers.add(asyncio.create_task(self._work()))
+        wanted = 0 if self._failure else min(self.client.limit.limit, len(self._workers) + len(self._waiting))
+        while len(self._workers) < wanted:
+            self._workers.add(self._watched(self._work()))
 
     async def _work(self) -> None:
         limit = self.client.limit
-        while not self._exhausted and len(self._workers) <= limit.limit:
-            following = next(self.requests, None)
-            if following is None:
-                self._exhausted = True
-                return
-            self._refuse_past_the_budget()
-            key, request = following
+        while self._waiting and self._failure is None and len(self._workers) <= limit.limit:
+            self.client._refuse_more(self._spent)
+            key, request = self._waiting.popleft()
             answer = await self._answer(request)
             if answer is None:
                 return
@@ -178,22 +215,19 @@ class _Run:
             told = "; ".join(f"{endpoint.url}: {fault}" for endpoint, fault in zip(well, faults, strict=True))
             raise RunFailed(f"server.urls: {len(doubtful)} requests in a row have failed ({doubtful[-1][1].error}), and the servers do not answer something tiny either "
                             f"({told}). What was answered is kept; mend the server and run the same again.")  # fmt: skip
+        if len(doubtful) >= _DOUBTFUL and not self._proved and not any(answer.transient for _, answer in doubtful):
+            raise UserError(f"rephrase: each of the first {len(doubtful)} requests was refused ({doubtful[-1][1].error}), though the server answers something tiny. If its context is too small, "
+                            "set a smaller chunk_tokens and max_tokens in the style's file; otherwise change what it does not take (server.extra).")  # fmt: skip
         for failed in doubtful:
             self._take(*failed)
 
-    def _refuse_past_the_budget(self) -> None:
-        budget = self.client.budget_tokens
-        if budget is not None and self._spent >= budget:
-            raise RunFailed(f"the budget of {budget:,} tokens is used up ({self._spent:,} in {self.client.cache.path}). What was answered is kept; "
-                            "raise budget_tokens of the transform to go on.")  # fmt: skip
-
     async def _answer(self, request: Request) -> Answer | None:
         """What comes of a request after all its attempts; None if the run has failed meanwhile."""
-        client, payload = self.client, {"model": self.client.config.model, **request.payload}
+        client, payload = self.client, self.client.payload(request)
         attempt, doublings, begin = 0, 0, time.monotonic()
         prompt = completion = 0  # paid for what was none
         while True:
-            while (endpoint := client._endpoint()) is None and self._failure is None:
+            while (endpoint := client.endpoint()) is None and self._failure is None:
                 await asyncio.sleep(_LOOK_FOR_LOST_SECONDS / 4)
             if endpoint is None or (self._failure is not None and attempt):
                 return None
@@ -228,6 +262,7 @@ class _Run:
 
     def _take(self, key: str, answer: Answer) -> None:
         self._spent += answer.prompt_tokens + answer.completion_tokens
+        self._proved = self._proved or not answer.error
         if not self._unwritten:
             asyncio.get_running_loop().call_soon(self._write)
         self._unwritten.append((key, answer))
@@ -238,16 +273,21 @@ class _Run:
             return
         some, self._unwritten = self._unwritten, []
         try:
-            self.client.cache.store(some)
+            self.client._record(some)
         except Exception as error:  # in a callback of the loop, from where nobody would hear of it
-            return self._fail(error)
-        self.answers.update(some)
-        self.report(len(self.answers))
+            self._fail(error)
+        else:
+            self.answers.update(some)
+            self._missing.difference_update(key for key, _ in some)
+        self._changed.set()
 
     async def _look_for_the_lost(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_FOR_LOST_SECONDS)
             endpoints = self.client._endpoints
+            if self.client._own is not None and endpoints[0].lost_since is not None and self.client._own.start_again():
+                await self.client._own.wait(endpoints[0], lambda: self._failure is not None)
+                endpoints[0].lost_since = None
             await asyncio.gather(*(endpoint.look_again() for endpoint in endpoints if endpoint.lost_since is not None))
             since = [endpoint.lost_since for endpoint in endpoints]
             if all(lost is not None for lost in since):

@@ -21,6 +21,7 @@ class After(Settings):
     max_copied: Share = 0.8  # of its runs of eight words, those that are the source's
     keep_numbers: Share = 0.0  # of the source's numbers, dates among them, those that it has to hold
     keep_names: Share = 0.0  # of the words that the source writes with a capital inside a sentence
+    some_pairs: bool = False  # of pairs of Question: and Answer:, a number by the source's length, in an order that is drawn
     append: bool = False  # it follows the source's text instead of replacing it
 
 

@@ -2,25 +2,30 @@
 
 import atexit
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
-from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.document import DOCUMENT, document_id, mark_dropped
 from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
+from regrowth.data_pipeline.rephrase.choose import styles_of
 from regrowth.data_pipeline.rephrase.chunks import Chunk, CountTokens, chunks, estimated_tokens
-from regrowth.data_pipeline.rephrase.clean import clean
-from regrowth.data_pipeline.rephrase.client import Client, Request
+from regrowth.data_pipeline.rephrase.clean import clean, some_pairs
+from regrowth.data_pipeline.rephrase.client import Client
+from regrowth.data_pipeline.rephrase.engine import Engine, Request, Ticket
+from regrowth.data_pipeline.rephrase.language import LanguageCheck
 from regrowth.data_pipeline.rephrase.prompts import Prompt, load_prompt
 from regrowth.data_pipeline.transform_config import Rephrase
-from regrowth.data_pipeline.transforms.base import _Base
+from regrowth.data_pipeline.transforms.base import Parted, _Base
 from regrowth.data_pipeline.transforms.hashing import REPHRASED
+
+if TYPE_CHECKING:
+    from regrowth.data_pipeline.rephrase.similarity import SimilarityCheck
 
 Row = dict[str, Any]
 
@@ -34,10 +39,13 @@ class Job:
     prompt: Prompt
     chunks: list[Chunk]
 
+    def sources(self) -> list[str]:
+        """The texts of the chunks."""
+        return [self.document["text"][chunk.begin : chunk.end] for chunk in self.chunks]
+
     def requests(self) -> Iterator[Request]:
         """One for each chunk."""
-        for number, chunk in enumerate(self.chunks):
-            text = self.document["text"][chunk.begin : chunk.end]
+        for number, text in enumerate(self.sources()):
             yield Request(self.prompt.payload(text), (self.document["id"], self.prompt.mark, str(number)))
 
 
@@ -45,18 +53,34 @@ class Rephraser(_Base):
     """Keeps documents and adds their rephrases; drops, as documents of the rephrase's domain, answers that are none (`clean`)."""
 
     name = "rephrase"
+    ahead = 2  # so that the last answers of a batch are not waited for with nothing else under way
 
     def __init__(self, config: Rephrase) -> None:
         self.config = config
-        self.prompts = {style: load_prompt(style, config.prompts) for style in config.styles}
+        self.prompts = {style: load_prompt(style, config.prompts) for style in config.all_styles}
         self.count_tokens = counter(config.tokenizer)
-        self.client = Client(config.server, RequestCache(config.cache), config.budget_tokens, config.retry_errors)
-        atexit.register(self.client.close)
+        self.language = LanguageCheck(config.language) if config.language != "any" else None
+        self.similarity = _similarity(config)
+        self.engine = build_engine(config)
+        atexit.register(self.engine.close)
 
-    def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
-        jobs = list(self._jobs(batch))
+    def __call__(self, batch: pa.RecordBatch) -> Parted:
+        return self.begin(batch)()
+
+    def begin(self, batch: pa.RecordBatch) -> Callable[[], Parted]:
+        """Ask for a batch's rephrases."""
+        jobs = list(self.jobs(batch))
+        ticket = self.engine.begin([request for job in jobs for request in job.requests()])
+        return partial(self._finish, batch, jobs, ticket)
+
+    def close(self) -> None:
+        """End connections, and what was started to answer."""
+        atexit.unregister(self.engine.close)
+        self.engine.close()
+
+    def _finish(self, batch: pa.RecordBatch, jobs: list[Job], ticket: Ticket) -> Parted:
         asked = {job.row for job in jobs}
-        answers = iter(self.client.answers([request for job in jobs for request in job.requests()]))
+        answers = iter(self.engine.finish(ticket))
         written: list[tuple[int, Row]] = [(row, {}) for row in range(len(batch)) if self.config.keep_source or row not in asked]
         dropped: list[tuple[Row, str]] = []
         for job in jobs:
@@ -68,27 +92,38 @@ class Rephraser(_Base):
                 dropped.append((job.document, "rephrased" if rephrase is not None else "no_rephrase"))
         return _interleaved(batch, written), _dropped(dropped, self.name)
 
-    def style_of(self, document: str) -> str:
-        """The style that a document gets, by its id: the same in every run and on every machine."""
-        styles, bounds = list(self.config.styles), np.cumsum(list(self.config.styles.values()))
-        draw = xxhash.xxh3_64_intdigest(f"style\x1f{document}".encode()) / 2**64
-        return styles[int(np.searchsorted(bounds, draw * bounds[-1], side="right"))]
+    def jobs(self, batch: pa.RecordBatch) -> Iterator[Job]:
+        """What is to be asked about a batch."""
+        for row, style in enumerate(styles_of(batch, self.config)):
+            if style:
+                document = {name: batch.column(name)[row].as_py() for name in DOCUMENT.names}
+                prompt = self.prompts[style]
+                yield Job(row, document, prompt, chunks(document["text"], prompt.chunk_tokens, self.count_tokens))
 
-    def _jobs(self, batch: pa.RecordBatch) -> Iterator[Job]:
-        wanted = pa.array(range(len(batch)), pa.int64())
-        if self.config.domains:
-            wanted = wanted.filter(pc.is_in(batch.column("domain"), pa.array(self.config.domains)))
-        for row in wanted.to_pylist():
-            document = {name: batch.column(name)[row].as_py() for name in DOCUMENT.names}
-            prompt = self.prompts[self.style_of(document["id"])]
-            yield Job(row, document, prompt, chunks(document["text"], prompt.chunk_tokens, self.count_tokens))
+    def judge(self, job: Job, answers: list[Answer]) -> list[tuple[str, str]]:
+        """For each chunk (the rephrase, "") or (what was said, why it is dropped)."""
+        judged = []
+        for number, (source, answer) in enumerate(zip(job.sources(), answers, strict=True)):
+            text, reason = clean(answer, source, job.prompt.after, self.count_tokens)
+            if not reason and self.language and self.language.wrong(source, text):
+                reason = "wrong_language"
+            if not reason and job.prompt.after.some_pairs:
+                text = some_pairs(text, self.count_tokens(source), f"{job.document['id']}#{number}")
+            judged.append((text, reason))
+        if self.similarity and (good := [number for number, (_, reason) in enumerate(judged) if not reason]):
+            sources = job.sources()
+            scores = self.similarity.scores([(sources[number], judged[number][0]) for number in good])
+            for number, score in zip(good, scores, strict=True):
+                if score < self.similarity.config.least:
+                    judged[number] = (judged[number][0], "drifted")
+        return judged
 
     def _reassemble(self, job: Job, answers: list[Answer]) -> tuple[Row | None, list[tuple[Row, str]]]:
         """The rephrased document, of those chunks whose answers are good; and what is dropped, with its reason."""
         texts, places, lost = [], [], []
-        for number, (chunk, answer) in enumerate(zip(job.chunks, answers, strict=True)):
-            source = job.document["text"][chunk.begin : chunk.end]
-            text, reason = clean(answer, source, job.prompt.after, self.count_tokens)
+        for number, (chunk, source, answer, (text, reason)) in enumerate(
+            zip(job.chunks, job.sources(), answers, self.judge(job, answers), strict=True)
+        ):
             self.counts["prompt tokens"] += answer.prompt_tokens
             self.counts["completion tokens"] += answer.completion_tokens
             self.counts[f"{job.prompt.name}: {reason or 'good'}"] += 1
@@ -103,7 +138,7 @@ class Rephraser(_Base):
         source, style = job.document, job.prompt.name
         place = f"{source['source']}{REPHRASED}{job.prompt.mark}{part}"
         meta = {**json.loads(source["meta"] or "{}"), "rephrased": {"of": source["id"], "style": style, "version": job.prompt.version,
-                "model": self.config.server.model, "chunks": places, "of_chunks": len(job.chunks),
+                "model": self.engine.model, "chunks": places, "of_chunks": len(job.chunks),
                 "text_hash": xxhash.xxh3_128_hexdigest(source["text"].encode())}}  # fmt: skip
         return {
             **source,
@@ -115,6 +150,25 @@ class Rephraser(_Base):
             "lineage": [*source["lineage"], f"rephrase:{job.prompt.mark}"],
             "meta": json.dumps(meta),
         }
+
+
+def _similarity(config: Rephrase) -> "SimilarityCheck | None":
+    if config.similarity is None:
+        return None
+    from regrowth.data_pipeline.rephrase.similarity import SimilarityCheck  # torch takes seconds to import
+
+    return SimilarityCheck(config.similarity)
+
+
+def build_engine(config: Rephrase) -> Engine:
+    """What answers, as the config says."""
+    cache = RequestCache(config.cache)
+    if config.local is not None:
+        from regrowth.data_pipeline.rephrase.local_model import LocalModel
+
+        return LocalModel(config.local, cache, config.budget_tokens, config.retry_errors)
+    assert config.server is not None
+    return Client(config.server, cache, config.budget_tokens, config.retry_errors)
 
 
 def counter(tokenizer: str | None) -> CountTokens:

@@ -1,8 +1,9 @@
 """Transforms: a function of a record batch, vectorised. A filter says what it keeps and, for the rest, the first rule that failed."""
 
 import collections
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.document import mark_dropped
+
+Parted = tuple[pa.RecordBatch, pa.RecordBatch | None]  # what is kept, what is dropped
 
 
 @dataclass
@@ -44,11 +47,16 @@ class Transform(Protocol):
     note: str
     counts: "collections.Counter[str]"
 
-    def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]: ...
+    ahead: int
+
+    def __call__(self, batch: pa.RecordBatch) -> Parted: ...
+    def begin(self, batch: pa.RecordBatch) -> Callable[[], Parted]: ...
+    def close(self) -> None: ...
 
 
 class _Base:
     name = "transform"
+    ahead = 0  # batches that are begun before the first of them has to be finished
     version = 1
     level = 0  # the processing level that documents have reached behind it
     note = ""  # what people should know of this transform as it was set up
@@ -57,6 +65,16 @@ class _Base:
     def counts(self) -> "collections.Counter[str]":
         """What it counted beside documents, since it was made."""
         return collections.Counter()
+
+    def begin(self, batch: pa.RecordBatch) -> Callable[[], Parted]:
+        """Set a batch going; what it came to is had by calling what is returned. Most transforms do all of it then."""
+        return partial(self, batch)
+
+    def __call__(self, batch: pa.RecordBatch) -> Parted:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of what it holds; it is not called again."""
 
 
 class Filter(_Base):

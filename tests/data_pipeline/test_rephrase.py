@@ -121,7 +121,8 @@ def test_what_is_taken_of_an_answer(said: str, after: dict[str, object], text: s
 
 def test_answers_that_are_cut_off_or_errors_are_none() -> None:
     assert clean(Answer("Olten's bridge dates from", "length"), SOURCE, After())[1] == "cut_off"
-    assert clean(Answer(error="status 400: too long"), SOURCE, After()) == ("status 400: too long", "error")
+    assert clean(Answer(error="status 400: too long"), SOURCE, After()) == ("status 400: too long", "rejected")
+    assert clean(Answer(error="status 500", transient=True), SOURCE, After()) == ("status 500", "error")
     assert copied_share(SOURCE, SOURCE) == 1 and copied_share("a b", SOURCE) == 0
 
 
@@ -166,7 +167,7 @@ def test_a_corpus_of_real_and_rephrased_documents(tmp_path: Path) -> None:
         }
         assert documents == {"towns": 31, "towns_rephrased": 30}
         reasons = {(transform, reason): documents for _, transform, reason, documents, _ in corpus.manifest["funnel"] if reason}
-        assert set(reasons) == {("rephrase", "error")}, "what no server took is told, chunk by chunk"
+        assert set(reasons) == {("rephrase", "rejected")}, "what no server took is told, chunk by chunk"
         counted = corpus.manifest["counts"]["rephrase"]
         assert counted["medium: good"] + counted["own: good"] == asked and counted["completion tokens"] > 0
         splits = {domain: splits_of(corpus, domain) for domain in corpus.domains}

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
-from regrowth.data_pipeline.rephrase.client import Client, Request
+from regrowth.data_pipeline.rephrase.client import Client
 from regrowth.data_pipeline.rephrase.config import ServerConfig
+from regrowth.data_pipeline.rephrase.engine import Request
 from regrowth.data_pipeline.rephrase.limit import AdaptiveLimit
 from regrowth.errors import RunFailed, UserError
 

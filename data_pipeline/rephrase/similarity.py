@@ -1,0 +1,60 @@
+"""Whether a rephrase says what its source says, as models see it that are small beside the one that wrote it."""
+
+from typing import Any
+
+import torch
+
+from regrowth.data_pipeline.transform_config import Similarity
+from regrowth.errors import UserError, need
+
+_BATCH = 32
+
+
+class SimilarityCheck:
+    """How near rephrases are to their sources: the cosine of the means of a model's last states, or the chance that an NLI model gives to entailment.
+
+    Raises:
+        UserError: the model cannot be loaded, or knows no entailment.
+    """
+
+    def __init__(self, config: Similarity) -> None:
+        self.config = config
+        transformers = need("transformers", "comparing rephrases with their sources")
+        kind = transformers.AutoModel if config.kind == "embedding" else transformers.AutoModelForSequenceClassification
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.path)
+            self._model: Any = kind.from_pretrained(config.path).to(device).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"transforms.similarity.path = {config.path}: {' '.join(str(error).split())[:500]}") from error
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512))
+        if config.kind == "entailment":
+            labels = {label.lower(): number for number, label in self._model.config.id2label.items()}
+            if "entailment" not in labels:
+                raise UserError(
+                    f"transforms.similarity.path = {config.path}: none of its labels ({', '.join(labels)}) is entailment; take an NLI model."
+                )
+            self._entailment = labels["entailment"]
+
+    @torch.no_grad()
+    def scores(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """For each (source, rephrase), a number that grows with what they have in common. What is longer than the model's context is judged by its beginning."""
+        found: list[float] = []
+        for begin in range(0, len(pairs), _BATCH):
+            sources, texts = (list(column) for column in zip(*pairs[begin : begin + _BATCH], strict=True))
+            if self.config.kind == "entailment":
+                logits = self._model(**self._tokens(sources, texts)).logits.float()
+                found += logits.softmax(-1)[:, self._entailment].tolist()
+            else:
+                found += torch.cosine_similarity(self._embed(sources), self._embed(texts)).tolist()
+        return found
+
+    def _embed(self, texts: list[str]) -> torch.Tensor:
+        tokens = self._tokens(texts)
+        states, mask = self._model(**tokens).last_hidden_state.float(), tokens["attention_mask"][..., None]
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def _tokens(self, *texts: list[str]) -> Any:
+        return self._tokenizer(*texts, padding=True, truncation=True, max_length=self._longest, return_tensors="pt").to(self._model.device)
