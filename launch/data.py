@@ -1,5 +1,9 @@
 """The `data` commands."""
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -21,8 +25,12 @@ from regrowth.data_pipeline.config import DataConfig, DataRecipe
 from regrowth.data_pipeline.corpus import Corpus
 from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
 from regrowth.data_pipeline.prepare import prepare as prepare_corpus
+from regrowth.data_pipeline.rephrase.cache import tokens_in
 from regrowth.data_pipeline.shards import Shard
+from regrowth.data_pipeline.transform_config import Rephrase
 from regrowth.settings import find_recipe, load
+
+_TELL_SECONDS = 2.0  # between two looks at what has been answered, where there is a terminal
 
 
 def prepare(config: str, overrides: list[str], dry_run: bool) -> None:
@@ -60,7 +68,40 @@ def prepare_with_progress(config: DataConfig, console: Console, retry_failed: bo
                     console.print(f"{what} ...")
             progress.update(tasks[what], completed=done, total=total)
 
-        return prepare_corpus(config, report, retry_failed)
+        def tell(text: str) -> None:
+            if tasks and console.is_terminal:
+                progress.update(list(tasks.values())[-1], description=f"{list(tasks)[-1]} [dim]({text})[/]")
+            elif not console.is_terminal:
+                console.print(text)
+
+        with rephrasing_told(config, tell, _TELL_SECONDS if console.is_terminal else _TELL_SECONDS * 30):
+            return prepare_corpus(config, report, retry_failed)
+
+
+@contextmanager
+def rephrasing_told(config: DataConfig, tell: Callable[[str], None], seconds: float) -> Iterator[None]:
+    """While a recipe with rephrasing is worked on, tell every so often how much has been answered: one item of its input may take hours."""
+    cache = next((t.cache for t in config.transforms if isinstance(t, Rephrase)), None)
+    if cache is None:
+        yield
+        return
+    ended, before = threading.Event(), sum(tokens_in(cache) or (0, 0))
+
+    def watch() -> None:
+        begin, last = time.monotonic(), before
+        while not ended.wait(seconds):
+            now = sum(tokens_in(cache) or (0, 0))
+            if now != last:
+                tell(f"{now - before:,} tokens answered, {(now - before) / (time.monotonic() - begin):,.0f} a second")
+            last = now
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def show(corpus: str, overrides: list[str]) -> None:

@@ -18,11 +18,13 @@ from regrowth.data_pipeline.phases.base import Phase
 from regrowth.data_pipeline.phases.curate import CuratePhase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.data_pipeline.prepare import reopened
+from regrowth.data_pipeline.rephrase.cache import tokens_in
 from regrowth.data_pipeline.status import PhaseStatus, corpus_status
 from regrowth.data_pipeline.transform_config import Rephrase
 from regrowth.errors import RunFailed, UserError
 from regrowth.files import read_json, write_json
 from regrowth.launch.data import data_config, prepare_with_progress, print_corpus, show_plan
+from regrowth.launch.rephrase import with_budget
 from regrowth.launch.slurm import ArrayJob, queued, render_array, submit
 from regrowth.mpi import started_by_mpi
 
@@ -30,9 +32,18 @@ _GATE_SECONDS = 20.0
 _DRAIN_SECONDS = 30  # for answers that are under way when a task is to end
 
 
-def run(recipe: str, overrides: list[str], executor: str | None, dry_run: bool, print_only: bool, wait: bool, retry_failed: bool) -> None:
+def run(
+    recipe: str,
+    overrides: list[str],
+    executor: str | None,
+    dry_run: bool,
+    print_only: bool,
+    wait: bool,
+    retry_failed: bool,
+    budget_tokens: int | None = None,
+) -> None:
     """Make the corpus of a recipe with the executor it names, or the one given."""
-    config, console = data_config(recipe, overrides), Console()
+    config, console = with_budget(data_config(recipe, overrides), budget_tokens), Console()
     kind = executor or ("mpi" if started_by_mpi() else config.executor.kind)
     if kind not in ("local", "mpi", "slurm"):
         raise UserError(f"--executor {kind}: choose local, mpi or slurm.")
@@ -184,6 +195,9 @@ def status(folder: Path, watch: bool) -> None:
     if not watch:
         pipeline = Pipeline.open(folder)
         console.print(_table(pipeline))
+        for transform in pipeline.config.transforms:
+            if isinstance(transform, Rephrase) and (tokens := tokens_in(transform.cache)):
+                console.print(f"rephrase: {sum(tokens):,} tokens are answered in {transform.cache}", soft_wrap=True, highlight=False)
         _print_failures(pipeline, console)
         return
     with Live(console=console, refresh_per_second=1) as live:

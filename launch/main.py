@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from regrowth.errors import RegrowthError
-from regrowth.launch.arguments import Config, DryRun, Overrides
+from regrowth.launch.arguments import BudgetTokens, Config, DryRun, Overrides
 from regrowth.launch.launch_commands import launch_app
 from regrowth.launch.letter import tell
 
@@ -257,11 +257,32 @@ def data_run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try inputs again that were given up (executor.max_failed).")
     ] = False,
+    budget_tokens: BudgetTokens = None,
 ) -> None:
     """Make a corpus from a recipe: on this machine, over MPI ranks, or as Slurm array jobs. Run it again to go on."""
     from regrowth.launch.data_run import run as go
 
-    go(recipe, overrides or [], executor, dry_run, print_only, wait, retry_failed)
+    go(recipe, overrides or [], executor, dry_run, print_only, wait, retry_failed, budget_tokens)
+
+
+@data_app.command("rephrase")
+def data_rephrase(
+    recipe: Annotated[str, typer.Argument(help="A recipe or config; with --report also a corpus folder.")],
+    overrides: Overrides = None,
+    preview: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Rephrase N documents; show source and rephrase side by side.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the preview or the report as a page, too.")] = None,
+    estimate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Requests, tokens and cost, from at least N documents; nothing is asked.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Of a corpus: what was dropped and why, and what became a template.")] = False,
+    budget_tokens: BudgetTokens = None,
+) -> None:
+    """Try a recipe's rephrasing, see what it would cost, or what came of it. `data run` does it."""
+    from regrowth.launch.rephrase import run as go
+
+    go(recipe, overrides or [], preview, html, estimate, report, budget_tokens)
 
 
 @data_app.command("status")

@@ -7,6 +7,7 @@ outlives the process, and needs nothing of the file system but locks, where writ
 import contextlib
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -50,8 +51,17 @@ def request_key(payload: dict[str, Any], *marks: str) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([payload, *marks], sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
+def tokens_in(path: Path) -> tuple[int, int] | None:
+    """What `RequestCache.spent` would say, by a look from outside that holds up nobody; None where there is nothing to see."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=1.0)) as connection:
+            return connection.execute("select prompt, completion from totals").fetchone()
+    except sqlite3.Error:
+        return None
+
+
 class RequestCache:
-    """The answers in a file.
+    """The answers in a file; to be used by any thread.
 
     Raises:
         UserError: the file is none of these, or cannot be written.
@@ -61,10 +71,8 @@ class RequestCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._of_thread, self._open = threading.local(), []
         with self._told():
-            self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-            self._connection.execute("pragma journal_mode = truncate")
-            self._connection.execute("pragma synchronous = off")
             self._connection.execute(_TABLE)
             self._connection.execute(_TOTALS)
             self._connection.execute("insert or ignore into totals values (1, 0, 0)")
@@ -72,6 +80,19 @@ class RequestCache:
             if layout not in (0, _LAYOUT):
                 raise UserError(f"{path}: a request cache of layout {layout}, this version has {_LAYOUT}. Name another with cache.")
             self._connection.execute(f"pragma user_version = {_LAYOUT}")
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's own."""
+        if not hasattr(self._of_thread, "connection"):
+            # Another thread does no more with it than close it.
+            self._of_thread.connection = made = sqlite3.connect(
+                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            made.execute("pragma journal_mode = truncate")
+            made.execute("pragma synchronous = off")
+            self._open.append(made)
+        return self._of_thread.connection
 
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
         """The answers that are there, by key."""
@@ -110,8 +131,9 @@ class RequestCache:
             return self._connection.execute("select prompt, completion from totals").fetchone()
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._connection.close()
+        """Let go of the file; no thread uses it any more."""
+        for connection in self._open:
+            connection.close()
 
     @contextlib.contextmanager
     def _told(self) -> Any:

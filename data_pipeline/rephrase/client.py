@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import random
+import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -24,7 +25,7 @@ _DOUBTFUL = 8  # failures without an answer between them, at which a server has 
 
 
 class Client(Engine):
-    """Asks servers. It keeps its connections, and what is under way, from one call to the next."""
+    """Asks servers, from a thread of its own: what was begun goes on while whoever began it does something else."""
 
     def __init__(self, config: ServerConfig, cache: RequestCache, budget_tokens: int | None = None, retry_errors: bool = False) -> None:
         super().__init__(config.model, cache, budget_tokens, retry_errors, config.extra)
@@ -32,6 +33,7 @@ class Client(Engine):
         self.limit = AdaptiveLimit(config.first_in_flight, config.max_in_flight)
         self.retries: dict[str, int] = {}  # how often, by reason
         self._loop = asyncio.new_event_loop()
+        self._thread: threading.Thread | None = None
         self._session: Any = None
         self._endpoints: list[Endpoint] = []
         self._random = random.Random()
@@ -42,10 +44,10 @@ class Client(Engine):
         """End the connections, and the server that was started here."""
         if self._loop.is_closed():
             return
-        if self._asking is not None:
-            self._loop.run_until_complete(self._asking.give_up())
-        if self._session is not None:
-            self._loop.run_until_complete(self._session.close())
+        if self._thread is not None:
+            self._in_loop(self._leave())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
         self._loop.close()
         if self._own is not None:
             self._own.stop()
@@ -55,9 +57,24 @@ class Client(Engine):
         if self._own is not None:
             self._own.stop(_ABANDON_SECONDS)
 
+    def end_soon(self, why: str) -> None:
+        """Ask for nothing more."""
+        super().end_soon(why)
+        if self._asking is not None:
+            self._loop.call_soon_threadsafe(self._asking.look)
+
+    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
     def _take_up(self, requests: dict[str, Request]) -> None:
         if not requests:
             return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop.run_forever, name="rephrasing", daemon=True)
+            self._thread.start()
+        self._in_loop(self._more(requests))
+
+    async def _more(self, requests: dict[str, Request]) -> None:
         if self._asking is None:
             self._asking = _Asking(self)
         self._asking.take_up(requests)
@@ -65,11 +82,17 @@ class Client(Engine):
     def _wait_for(self, keys: set[str], report: Report) -> dict[str, Answer]:
         assert self._asking is not None
         try:
-            return self._loop.run_until_complete(self._asking.until(keys, report))
+            return self._in_loop(self._asking.until(keys, report))
         except BaseException:
-            self._loop.run_until_complete(self._asking.give_up())
+            self._in_loop(self._asking.give_up())
             self._asking = None  # what was begun beside it is begun anew by whoever goes on
             raise
+
+    async def _leave(self) -> None:
+        if self._asking is not None:
+            await self._asking.give_up()
+        if self._session is not None:
+            await self._session.close()
 
     async def open(self) -> None:
         """Make connections possible; where the server is this process's own, start it.
@@ -112,7 +135,9 @@ class _Asking:
         self._failure: BaseException | None = None  # why no more is asked; what is under way is still waited for, for it is paid
         self._spent = 0
         self._proved = False  # whether anything was ever answered
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # something for `_drive` to look at
+        self._heard = asyncio.Event()  # something for whoever waits
+        self._driver = asyncio.get_running_loop().create_task(self._drive())
 
     def take_up(self, requests: dict[str, Request]) -> None:
         """More of them, behind those that are there."""
@@ -121,6 +146,11 @@ class _Asking:
         new = {key: request for key, request in requests.items() if key not in self._known}
         self._known.update(new)
         self._waiting.extend(new.items())
+        self.look()
+
+    def look(self) -> None:
+        """There is something to be done, or to be left."""
+        self._changed.set()
 
     async def until(self, keys: set[str], report: Report) -> dict[str, Answer]:
         """The answers to some of what was taken up; the rest goes on meanwhile.
@@ -128,33 +158,46 @@ class _Asking:
         Raises:
             UserError, RunFailed: why they will not all come; what was under way has been waited for.
         """
-        await self.client.open()
-        if self._searcher is None:
-            self._searcher = self._watched(self._look_for_the_lost())
+        self.answers |= self.client.cache.find(keys - self._known)  # whoever asked for the same before has fetched them
         self._missing, told = keys - self.answers.keys(), -1
         while True:
+            self._heard.clear()
             if len(self._missing) != told:
                 told = len(self._missing)
                 report(len(keys) - told)
             if not self._missing:
                 self._known -= keys
                 return {key: self.answers.pop(key) for key in keys}
-            self._changed.clear()
-            self._hire()
-            if self._workers or self._unwritten:
-                await self._changed.wait()
-            elif self._failure is not None:
-                raise self._failure
-            else:
-                await self._settle_doubts()
-                self._write()
+            if self._driver.done():
+                self._driver.result()
+                raise self._failure or RunFailed("given up")
+            await self._heard.wait()
+
+    async def _drive(self) -> None:
+        """See to it that as many are under way as may be, until something fails and the last that is under way has come."""
+        try:
+            await self.client.open()
+            self._searcher = self._watched(self._look_for_the_lost())
+            while self._failure is None or self._workers or self._unwritten:
+                self._changed.clear()
+                if self.client._ended is not None:
+                    self._fail(RunFailed(self.client._ended))
+                self._hire()
+                if self._doubtful and not self._workers and not self._waiting and self._failure is None:
+                    await self._settle_doubts()
+                else:
+                    await self._changed.wait()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._heard.set()
 
     def _watched(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         def ended(task: asyncio.Task[None]) -> None:
             self._workers.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None:
                 self._fail(error)
-            self._changed.set()
+            self.look()
 
         task = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(ended)
@@ -162,7 +205,7 @@ class _Asking:
 
     async def give_up(self) -> None:
         """Ask no more, and keep what has come."""
-        tasks = [*self._workers, *([self._searcher] if self._searcher else [])]
+        tasks = [*self._workers, self._driver, *([self._searcher] if self._searcher else [])]
         self._failure = self._failure or RunFailed("given up")  # workers that are cancelled hire no others
         for task in tasks:
             task.cancel()
@@ -231,11 +274,10 @@ class _Asking:
                 await asyncio.sleep(_LOOK_FOR_LOST_SECONDS / 4)
             if endpoint is None or (self._failure is not None and attempt):
                 return None
-            attempt += 1
+            attempt, asked = attempt + 1, time.monotonic()
             try:
                 answer = await endpoint.ask(payload)
-            except Refused as refused:
-                client.limit.answered()
+            except Refused as refused:  # at once, as a rule: it says nothing about how long answers take
                 return Answer(error=str(refused), attempts=attempt, prompt_tokens=prompt, completion_tokens=completion)
             except Retry as again:
                 client.retries[str(again)] = client.retries.get(str(again), 0) + 1
@@ -256,7 +298,7 @@ class _Asking:
                 if self._failure is not None:
                     return None
                 continue
-            client.limit.answered()
+            client.limit.answered(time.monotonic() - asked, len(self._workers))
             paid = {"prompt_tokens": prompt + answer.prompt_tokens, "completion_tokens": completion + answer.completion_tokens}
             return replace(answer, attempts=attempt, **paid)
 
@@ -279,7 +321,8 @@ class _Asking:
         else:
             self.answers.update(some)
             self._missing.difference_update(key for key, _ in some)
-        self._changed.set()
+            self._heard.set()
+        self.look()
 
     async def _look_for_the_lost(self) -> None:
         while True:

@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,11 +12,17 @@ from pydantic import ValidationError
 
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import SPLITS, Corpus
+from regrowth.data_pipeline.document import Raw, to_batches
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.data_pipeline.rephrase.cache import Answer
+from regrowth.data_pipeline.rephrase.choose import drawn, styles_of
 from regrowth.data_pipeline.rephrase.chunks import chunks, estimated_tokens
-from regrowth.data_pipeline.rephrase.clean import clean, copied_share
+from regrowth.data_pipeline.rephrase.clean import clean, copied_share, some_pairs
+from regrowth.data_pipeline.rephrase.collapse import collapse
+from regrowth.data_pipeline.rephrase.language import LanguageCheck
 from regrowth.data_pipeline.rephrase.prompts import After, load_prompt, shipped
+from regrowth.data_pipeline.transform_config import Rephrase
+from regrowth.data_pipeline.transforms.base import with_columns
 from regrowth.errors import UserError
 from tests.data_pipeline.test_rephrase_client import server
 
@@ -182,3 +189,89 @@ def test_a_corpus_of_real_and_rephrased_documents(tmp_path: Path) -> None:
         left_out = {reason: documents for _, _, reason, documents, _ in without.manifest["funnel"] if reason.startswith(("reph", "no_"))}
         assert set(without.domains) == {"towns_rephrased"} and left_out == {"rephrased": 30, "no_rephrase": 1}
         assert sum(running.answered().values()) == asked
+
+
+def rephrase(**settings: object) -> Rephrase:
+    return Rephrase.model_validate({"kind": "rephrase", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}, **settings})
+
+
+def test_the_style_of_a_document_is_chosen_by_its_domain_its_score_and_weights() -> None:
+    documents = [Raw(f"text {i}", domain, f"made@{domain}{i}") for domain in ("web", "wiki", "code") for i in range(400)]
+    (batch, _), *_ = to_batches(documents)
+    scores = pa.array([[("quality", i % 20)] if i % 40 else [] for i in range(len(batch))], batch.schema.field("scores").type)
+    batch = with_columns(batch, scores=scores)
+    config = rephrase(
+        styles={"easy": 1.0},
+        rules=[
+            {"domains": ["code"]},  # left as they are
+            {"score": "quality", "at_least": 11, "styles": {"diverse_qa": 3.0, "distill": 1.0}},
+            {"score": "quality", "below": 11, "domains": ["web"], "styles": {"wiki": 1.0}},
+        ],
+    )
+    found = styles_of(batch, config)
+    for row, style in enumerate(found):
+        domain, score = batch.column("domain")[row].as_py(), row % 20 if row % 40 else None
+        if domain == "code":
+            assert style == ""
+        elif score is not None and score >= 11:
+            assert style in ("diverse_qa", "distill")
+        else:
+            assert style == ("wiki" if score is not None and domain == "web" else "easy"), "a document without the score fits no rule of it"
+    assert 2.2 < found.count("diverse_qa") / found.count("distill") < 4.2
+    assert styles_of(batch, config) == found and set(styles_of(batch, rephrase(domains=["wiki"]))) == {"", "medium"}
+    assert drawn("a", {}) == "" and config.all_styles == ["easy", "diverse_qa", "distill", "wiki"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"server": None}, "either .server. .urls, model. or .local. .path."),
+        ({"local": {"path": "x"}}, "either .server. .urls, model. or .local. .path."),
+        ({"styles": {}}, "neither styles nor rules name a style"),
+        ({"server": {"model": "m"}}, "name the servers .urls = "),
+        ({"server": {"model": "m", "start": {"command": ["vllm", "serve"]}}}, 'no word of it has "{port}" in it'),
+    ],
+)
+def test_what_is_wrong_with_a_rephrasing_is_told(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        rephrase(**settings)
+
+
+def test_some_of_the_questions_are_kept_by_the_length_of_the_source_in_an_order_that_is_drawn() -> None:
+    pairs = [f"Question: What is {i}?\nA) one\nB) two\nAnswer: It is {i}." for i in range(8)]
+    text = "Some words before.\n\n" + "\n\n".join(pairs)
+    drawn_pairs = [some_pairs(text, 150, str(seed)).split("\n\n") for seed in range(300)]
+    assert {len(its) for its in drawn_pairs} == set(range(1, 9)), "between 1 and ten for each 150 tokens, of the eight that there are"
+    assert all(set(its) <= set(pairs) and len(set(its)) == len(its) for its in drawn_pairs) and len({its[0] for its in drawn_pairs}) == 8
+    assert some_pairs(text, 150, "7") == some_pairs(text, 150, "7") and some_pairs(text, 14, "1").count("Question:") == 1
+    assert {len(some_pairs(text, 45, str(seed)).split("\n\n")) for seed in range(100)} == {1, 2, 3}
+    assert load_prompt("diverse_qa").after.some_pairs
+
+
+def test_a_rephrase_in_another_language_is_found_and_one_that_is_too_short_to_tell_is_let_be() -> None:
+    pytest.importorskip("py3langid", reason="needs the extra rephrase")
+    german = "Die Brücke über die Aare wurde im Jahr 1466 gebaut und ist seither zweimal abgebrannt, wofür die Stadt jedes Mal bezahlt hat."
+    same = LanguageCheck("same")
+    assert same.wrong(SOURCE, german) and same.wrong(german, SOURCE) and not same.wrong(german, german) and not same.wrong(SOURCE, SOURCE)
+    assert not same.wrong(SOURCE, "Zwei Brände.") and not same.wrong("Olten", german)
+    assert LanguageCheck("de").wrong(german, SOURCE) and not LanguageCheck("de").wrong(SOURCE, german)
+
+
+def test_a_style_that_has_become_a_template_shows() -> None:
+    varied = [
+        ("easy", f"id{i}", f"Bridge {i} has {i * 7} planks, {'and' * (i % 5)} each of them number {i * 13} tells of town {i * 3}.")
+        for i in range(200)
+    ]
+    template = [("faq", f"id{i}", f"In this text we learn about {i}. It is important to note that {i} is {i * 2}.") for i in range(150)]
+    easy, faq = collapse([*varied, *template, *(("faq", f"x{i}", f"{i} stands alone") for i in range(50))])
+    assert (easy.style, easy.documents, faq.documents, faq.looked_at) == ("easy", 200, 200, 200)
+    assert faq.openings[0] == ("in this text", 0.75) and dict(faq.runs)["it is important to note"] == 0.75 and faq.is_suspicious
+    assert (
+        faq.distinct_openings == pytest.approx(51 / 200)
+        and easy.distinct_openings == 1
+        and not any(share > 0.2 for _, share in easy.openings)
+    )
+    assert collapse([]) == [] and collapse([("qa", "a", "two words")])[0].runs == []
+    few = collapse(template, most=40)[0]
+    assert (few.documents, few.looked_at) == (150, 40) and few.openings[0][1] == 1.0
+    assert collapse(reversed(template), most=40) == [few], "which ones are looked at does not depend on their order"

@@ -23,6 +23,8 @@ from regrowth.data_pipeline.rephrase.client import Client
 from regrowth.data_pipeline.rephrase.config import LocalModelConfig, ServerConfig
 from regrowth.data_pipeline.rephrase.engine import Request
 from regrowth.data_pipeline.rephrase.local_model import LocalModel
+from regrowth.data_pipeline.rephrase.similarity import SimilarityCheck
+from regrowth.data_pipeline.transform_config import Similarity
 from regrowth.errors import RunFailed, UserError
 from tests.data_pipeline.small_model import build
 from tests.data_pipeline.test_rephrase_client import PROGRAM, expected, requests
@@ -192,9 +194,13 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(folder: Path) 
     assert not running(str(folder))
     dying = own(folder, "--seconds", "0.02", starts=2)
 
+    goals = [20, 200]
+
     def kill(done: int) -> None:
-        for pid in running(str(folder)):
-            os.kill(pid, signal.SIGKILL)
+        if goals and done >= goals[0]:
+            goals.pop(0)
+            for pid in running(str(folder)):
+                os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(RunFailed, match="the server ended 2 times"):
         dying.answers(requests(500), kill)
@@ -219,6 +225,41 @@ own(Path(sys.argv[1]), "--seconds", "30").answers(requests(1))
             return
         time.sleep(0.1)
     raise AssertionError("it is there still")
+
+
+def test_likeness_is_the_cosine_of_means_or_the_chance_of_entailment(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pairs = [("a bridge of wood", "a bridge of wood"), ("a bridge of wood", "quite another thing, and longer"), ("fire", "water")]
+    check = SimilarityCheck(Similarity(path=str(model), least=0.5, device="cpu"))
+    plain = LlamaModel.from_pretrained(model).eval()
+
+    def mean(text: str) -> torch.Tensor:
+        return plain(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+
+    with torch.no_grad():
+        wanted = [float(torch.cosine_similarity(mean(a), mean(b), dim=0)) for a, b in pairs]
+    assert check.scores(pairs) == pytest.approx(wanted, abs=1e-4) and wanted[0] == pytest.approx(1) and check.scores([]) == []
+    config = LlamaConfig.from_pretrained(model, num_labels=3, id2label={0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}, pad_token_id=0)
+    torch.manual_seed(1)
+    judge = LlamaForSequenceClassification(config).eval()
+    judge.save_pretrained(tmp_path / "nli")
+    tokenizer.save_pretrained(tmp_path / "nli")
+    with torch.no_grad():
+        wanted = [float(judge(**tokenizer(a, b, return_tensors="pt")).logits.softmax(-1)[0, 2]) for a, b in pairs]
+    found = SimilarityCheck(Similarity(path=str(tmp_path / "nli"), kind="entailment", least=0.5, device="cpu")).scores(pairs)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(UserError, match=r"none of its labels .* is entailment"):
+        LlamaForSequenceClassification(LlamaConfig.from_pretrained(model)).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        SimilarityCheck(Similarity(path=str(tmp_path / "other"), kind="entailment", least=0.5))
+    # In a recipe: what is less alike than asked for is dropped for it.
+    made = recipe(tmp_path, {"local": {"path": str(model), "device": "cpu"}})
+    transform = made.transforms[0].model_copy(update={"similarity": Similarity(path=str(model), least=1.1, device="cpu")})
+    corpus = prepare(made.model_copy(update={"transforms": [transform]}))
+    counts = corpus.manifest["counts"]["rephrase"]
+    assert "any: good" not in counts and counts["any: drifted"] > 0
 
 
 def test_several_local_workers_do_not_load_a_model_each(model: Path, tmp_path: Path) -> None:
