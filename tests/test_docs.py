@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
+from regrowth.settings import read_toml
+from tests.data_pipeline.small_model import build
 from tests.launch.helpers import call, only_run, regrowth, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +58,19 @@ def test_the_commands_of_a_page_run(
             (tmp_path / "chain.toml").write_text(block)
         if "[linears]" in block:
             (tmp_path / "mine.toml").write_text(block)
+    if page.name == "rephrasing.md":
+        values = read_toml(config)
+        (tmp_path / "short.toml").write_text('name = "short"\ntemplate = "{text}"\nmax_tokens = 8\n')
+        local = {"path": str(build(tmp_path / "model", 2048)), "device": "cpu"}
+        transform = {
+            "kind": "rephrase",
+            "cache": str(tmp_path / "answers.sqlite"),
+            "local": local,
+            "styles": {"short": 1},
+            "prompts": str(tmp_path),
+        }
+        values["data"] |= {"out": str(tmp_path / "prepared"), "workers": 1, "transforms": [transform]}
+        (tmp_path / "my_rephrasing.toml").write_text(tomli_w.dumps(values))
     monkeypatch.chdir(tmp_path)
     ran = 0
     for words in commands(page):
@@ -114,7 +130,7 @@ def test_the_examples_of_config_in_the_docs_are_valid() -> None:
     from regrowth.launch.pipeline_config import PipelineConfig
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.precision import expand
-    from regrowth.settings import merge, read_toml, validate
+    from regrowth.settings import merge, validate
 
     base = read_toml(ROOT / "configs/quickstart.toml")
     for page in PAGES:
