@@ -68,7 +68,7 @@ def _parted(documents: list[Raw], level: int) -> tuple[pa.RecordBatch, pa.Record
     return _batch(usable, level), mark_dropped(_batch(unusable, level), "source", [d.dropped for d in unusable])
 
 
-def _text(value: str) -> str:
+def sound_text(value: str) -> str:
     """Text that Arrow can hold: lone surrogates (from broken JSON escapes) become U+FFFD."""
     if value.isascii():
         return value
@@ -84,9 +84,9 @@ def _batch(documents: list[Raw], level: int) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(
         [
             pa.array([document_id(d.source) for d in documents], pa.string()),
-            pa.array([_text(d.text) for d in documents], pa.large_string()),
-            pa.array([_text(d.domain) for d in documents], pa.string()),
-            pa.array([_text(d.source) for d in documents], pa.string()),
+            pa.array([sound_text(d.text) for d in documents], pa.large_string()),
+            pa.array([sound_text(d.domain) for d in documents], pa.string()),
+            pa.array([sound_text(d.source) for d in documents], pa.string()),
             pa.array(np.full(count, level, dtype=np.int8)),
             pa.ListArray.from_arrays(np.zeros(count + 1, dtype=np.int32), pa.array([], pa.string())),
             pa.MapArray.from_arrays(np.zeros(count + 1, dtype=np.int32), pa.array([], pa.string()), pa.array([], pa.float32())),

@@ -4,6 +4,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from regrowth.data_pipeline.document import sound_text
 from regrowth.data_pipeline.rephrase.cache import Answer
 from regrowth.data_pipeline.rephrase.config import ServerConfig
 from regrowth.errors import UserError, need
@@ -146,7 +147,7 @@ class Endpoint:
             text = ""
         if not isinstance(text, str):
             raise Retry("an answer that is none (no choices, no text, or no JSON)", empty=True, tokens=tokens)
-        return Answer(text, finish, prompt_tokens=tokens[0], completion_tokens=tokens[1])
+        return Answer(sound_text(text), finish, prompt_tokens=tokens[0], completion_tokens=tokens[1])
 
     async def trial(self) -> Retry | Refused | None:
         """What is wrong with a tiny completion, if anything is; lists of models are no proof, for some servers have none.

@@ -1,5 +1,6 @@
 """Rephrasing end to end against a server: prompts, chunks, what is taken of an answer and what is not, and the corpus that comes out."""
 
+import collections
 import itertools
 import json
 from pathlib import Path
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.batch import split_sample_id
+from regrowth.data_pipeline.config import DataConfig, LoaderConfig
 from regrowth.data_pipeline.corpus import SPLITS, Corpus
 from regrowth.data_pipeline.document import Raw, to_batches
+from regrowth.data_pipeline.loader import Loader
+from regrowth.data_pipeline.mixing.config import OdmMixing, StaticMixing
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.data_pipeline.rephrase.cache import Answer
 from regrowth.data_pipeline.rephrase.choose import drawn, styles_of
@@ -275,3 +279,20 @@ def test_a_style_that_has_become_a_template_shows() -> None:
     few = collapse(template, most=40)[0]
     assert (few.documents, few.looked_at) == (150, 40) and few.openings[0][1] == 1.0
     assert collapse(reversed(template), most=40) == [few], "which ones are looked at does not depend on their order"
+
+
+def test_real_and_synthetic_streams_of_each_style_are_mixed_as_any_domains_are(tmp_path: Path) -> None:
+    with server(tmp_path) as running:
+        corpus = prepare(recipe(tmp_path, running.url, domain="{domain}_{style}", language="any"))
+    assert corpus.domains == ["towns", "towns_medium", "towns_own"]
+    config = LoaderConfig(sequence_length=64, global_batch=8, unit_sequences=1, seed=7)
+    weights = {"towns": 0.5, "towns_medium": 0.375, "towns_own": 0.125}  # WRAP's 1:1, the synthetic half by styles
+    loader = Loader(corpus, config, StaticMixing(weights=weights))
+    drawn_domains = collections.Counter(split_sample_id(sample)[0] for step in range(50) for sample in loader.plan_step(step))
+    assert [drawn_domains[number] / 400 for number in range(3)] == pytest.approx([0.5, 0.375, 0.125], abs=0.08)
+    bandit = Loader(corpus, config, OdmMixing(policy="odm", warmup_steps=2))
+    for step in range(80):  # the bandit goes where the loss is high: here, to one of the styles
+        domains = {split_sample_id(sample)[0] for sample in bandit.plan_step(step)}
+        bandit.observe(step, {domain: 6.0 if domain == 1 else 1.0 for domain in domains})
+    later = collections.Counter(split_sample_id(sample)[0] for step in range(80, 110) for sample in bandit.plan_step(step))
+    assert later[1] > later[0] and later[1] > later[2]

@@ -277,6 +277,27 @@ def test_what_is_begun_goes_on_while_something_else_is_done(tmp_path: Path) -> N
         asking.close()
 
 
+def test_log_probabilities_that_are_asked_for_and_not_given_are_told(tmp_path: Path) -> None:
+    """Some servers leave them out without a word (`transformers serve`)."""
+    with server(tmp_path) as running:
+        asking = client(tmp_path, running.url)
+        with pytest.raises(UserError, match="was asked for log-probabilities and gives none"):
+            asking.answers([Request({"messages": [{"role": "user", "content": "document 1 of some length"}], "logprobs": True})])
+        asking.close()
+
+
+def test_a_text_that_is_hardly_text_is_sent_whole_and_answered(tmp_path: Path) -> None:
+    odd = ["\x00\x01\x02 null bytes", "half a pair \ud800 of surrogates", "\u202e backwards", "\ufeff mark", "{text} {model} %s \\n"]
+    with server(tmp_path) as running:
+        asking = client(tmp_path, running.url)
+        answers = asking.answers([Request({"messages": [{"role": "user", "content": text}]}) for text in odd])
+        assert all(answer.text.startswith("In other words:") for answer in answers)
+        assert answers[1].text.endswith("of \ufffd pair a half"), "half a pair is no text"
+        again = client(tmp_path, "http://127.0.0.1:9/v1")
+        assert again.answers([Request({"messages": [{"role": "user", "content": text}]}) for text in odd]) == answers
+        asking.close()
+
+
 def test_settings_of_the_server_go_with_every_request_and_make_it_another(tmp_path: Path) -> None:
     plain, more = client(tmp_path, "http://a/v1"), client(tmp_path, "http://a/v1", extra={"seed": 3, "max_tokens": None})
     request = Request({"messages": [], "max_tokens": 5})
