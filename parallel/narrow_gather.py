@@ -54,6 +54,7 @@ class NarrowGather:
                 module._get_fsdp_state()._lazy_init()  # it would be done before the first forward pass, and records replaced by it
         self._weights = [weight for module in modules for weight in _sharded_weights(module)]
         self._amax = torch.zeros(len(self._weights), device=mesh.device)
+        self._amax_of = self._amax.unbind()  # always the same tensors, for blocks that are compiled
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -74,7 +75,7 @@ class NarrowGather:
             for group in self._groups:
                 dist.all_reduce(self._amax, op=dist.ReduceOp.MAX, group=group)
         for number, weight in enumerate(self._weights):
-            weight.settle(self._amax[number])
+            weight.settle(self._amax_of[number])
 
     def _is_narrow(self, weight: "_Weight") -> bool:
         quantizer = narrow_weight(weight.linear.precision)
@@ -84,7 +85,7 @@ class NarrowGather:
             return True
         if self._device.type == "cpu":
             return False
-        kind = (weight.local().numel(), weight.dtype)
+        kind = (weight.padded.numel(), weight.dtype)  # the same on all ranks, also where they do not divide the weight
         if kind not in self._measured:
             self._measured[kind] = self._gains(kind[0], kind[1], quantizer)
         return self._measured[kind]
@@ -142,6 +143,11 @@ class _Weight:
         return local_tensor(self._parameter.sharded_param)
 
     @property
+    def padded(self) -> torch.Size:
+        """Of every rank's shard, as it is sent."""
+        return self._parameter.padded_sharded_param_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """That it is gathered in, and multiplied."""
         return self._parameter.param_dtype or self._parameter.orig_dtype
@@ -166,7 +172,7 @@ class _Weight:
         quantizer, amax = self.linear.precision.forward.b, self.linear.weight_amax
         assert amax is not None
         flat = self._parameter._sharded_param_data.to(amax.device, self.dtype)  # with what fills it up where ranks do not divide it
-        codes, scale = encode(flat.view(self._parameter.padded_sharded_param_size), quantizer, amax)
+        codes, scale = encode(flat.view(self.padded), quantizer, amax)
         return (codes,), (scale, quantizer, outer_size)
 
     def _after(self, gathered: tuple[torch.Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> Any:

@@ -46,11 +46,12 @@ class Client(Engine):
             return
         if self._thread is not None:
             self._in_loop(self._leave())
+        if self._own is not None:
+            self._own.stop()
+        if self._thread is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._loop.close()
-        if self._own is not None:
-            self._own.stop()
 
     def abandon(self) -> None:
         """Stop the server that was started here."""

@@ -64,7 +64,7 @@ def train(setting: Setting, wide_from: int, alter: str = "") -> tuple[list[float
 
 @pytest.mark.parametrize(
     ("plan", "dtype"),
-    [({"dp_shard": 2, "micro_batch": 2}, "float32"), ({"dp_shard": 2, "tp": 2}, "bfloat16"), ({"dp_shard": 4, "reshard_after_forward": False}, "bfloat16")],
+    [({"dp_shard": 2, "micro_batch": 2}, "float32"), ({"dp_shard": 2, "tp": 2}, "bfloat16"), pytest.param({"dp_shard": 4, "reshard_after_forward": False}, "bfloat16", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_narrow_gather_changes_nothing_but_the_bytes_and_ends_when_the_recipe_does(
     plan: dict[str, Any], dtype: str, ranks: Ranks
