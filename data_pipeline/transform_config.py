@@ -200,6 +200,12 @@ class StyleRule(Settings):
     at_least: float | None = None
     below: float | None = None
 
+    @model_validator(mode="after")
+    def _bounds_are_of_a_score(self) -> "StyleRule":
+        if self.score is None and (self.at_least is not None or self.below is not None):
+            raise ValueError("rules: at_least and below are bounds of a score; name it with score")
+        return self
+
 
 class Similarity(Settings):
     """What a model in this process says of source and rephrase; below `least`, the rephrase is dropped."""

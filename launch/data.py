@@ -85,12 +85,16 @@ def rephrasing_told(config: DataConfig, tell: Callable[[str], None], seconds: fl
     if cache is None:
         yield
         return
-    ended, before = threading.Event(), sum(tokens_in(cache) or (0, 0))
+    ended, there = threading.Event(), tokens_in(cache)
 
     def watch() -> None:
-        begin, last = time.monotonic(), before
+        begin = time.monotonic()
+        last = before = sum(there) if there else 0 if not cache.exists() else None
         while not ended.wait(seconds):
-            now = sum(tokens_in(cache) or (0, 0))
+            if (seen := tokens_in(cache)) is None:
+                continue  # somebody has held it for long
+            now = sum(seen)
+            before = now if before is None else before
             if now != last:
                 tell(f"{now - before:,} tokens answered, {(now - before) / (time.monotonic() - begin):,.0f} a second")
             last = now

@@ -21,7 +21,7 @@ from regrowth.data_pipeline.prepare import reopened
 from regrowth.data_pipeline.rephrase.cache import tokens_in
 from regrowth.data_pipeline.status import PhaseStatus, corpus_status
 from regrowth.data_pipeline.transform_config import Rephrase
-from regrowth.errors import RunFailed, UserError
+from regrowth.errors import RunFailed, Stopped, UserError
 from regrowth.files import read_json, write_json
 from regrowth.launch.data import data_config, prepare_with_progress, print_corpus, show_plan
 from regrowth.launch.rephrase import with_budget
@@ -157,7 +157,7 @@ def worker(folder: Path, phase: int, rank: int, world: int) -> None:
     def stop(*_: Any) -> None:
         nonlocal engines
         engines = list(getattr(sys.modules.get("regrowth.data_pipeline.rephrase.engine"), "WORKING", ()))
-        if not any(engine.waited_for for engine in engines):
+        if not any(engine.is_busy for engine in engines):
             leave()
         for engine in engines:
             engine.end_soon("stopped by SIGTERM; what was answered is kept, and the same command goes on")
@@ -180,7 +180,10 @@ def worker(folder: Path, phase: int, rank: int, world: int) -> None:
         nonlocal finished
         finished += 1
 
-    _, letters = work(pipeline, phase, rank, world, count)
+    try:
+        _, letters = work(pipeline, phase, rank, world, count)
+    except Stopped:
+        letters = []
     if engines:
         leave()
     if letters:

@@ -1,5 +1,6 @@
 """`data rephrase`: look at what a recipe's rephrasing writes, what it would cost, and what has come of it."""
 
+import itertools
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.phases.shard import TokenizerPhase
 from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
 from regrowth.data_pipeline.rephrase.collapse import MOST_DOCUMENTS, SUSPICIOUS, Collapse, collapse, rephrased
 from regrowth.data_pipeline.rephrase.trial import Shown, estimate, preview, rephrase_config
@@ -127,9 +129,10 @@ def show_report(target: str, overrides: list[str], console: Console, html: Path 
     folder = Path(target) if Path(target).is_dir() else corpus_folder(data_config(target, overrides))
     pipeline = Pipeline.open(folder)
     transform = rephrase_config(pipeline.config)
-    if not (first := pipeline.phases[0]).settled:
+    curated = itertools.takewhile(lambda phase: not isinstance(phase, TokenizerPhase), pipeline.phases)
+    if missing := next((phase for phase in curated if not phase.settled), None):
         raise UserError(
-            f"{folder}: {first.name} is not finished; `regrowth data run` goes on with it, `regrowth data status {folder}` tells how far it is."
+            f"{folder}: {missing.name} is not finished; `regrowth data run` goes on with it, `regrowth data status {folder}` tells how far it is."
         )
     counts = pipeline.counts().get("rephrase", {})
     prompt, completion = counts.get("prompt tokens", 0), counts.get("completion tokens", 0)

@@ -49,6 +49,7 @@ class NarrowGather:
         self._groups = [group for name in ("fsdp", "tp") if (group := mesh.group(name)) is not None]
         self._measured: dict[tuple[int, torch.dtype], bool] | None = {} if choice == "auto" else None
         self._device, self._mesh, self._world = mesh.device, mesh.group("fsdp"), mesh.size("fsdp")
+        self._sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
         for module in modules:
             if isinstance(module, FSDPModule):
                 module._get_fsdp_state()._lazy_init()  # it would be done before the first forward pass, and records replaced by it
@@ -74,6 +75,9 @@ class NarrowGather:
             self._amax.nan_to_num_(float("inf"), float("inf"))
             for group in self._groups:
                 dist.all_reduce(self._amax, op=dist.ReduceOp.MAX, group=group)
+        if any(weight.changes for weight in self._weights):
+            for module in self._sharded:
+                module.reshard()  # an evaluation may have left them gathered as they were
         for number, weight in enumerate(self._weights):
             weight.settle(self._amax_of[number])
 
@@ -143,6 +147,11 @@ class _Weight:
         return local_tensor(self._parameter.sharded_param)
 
     @property
+    def changes(self) -> bool:
+        """Whether the next gather is to be of another kind than the last."""
+        return self.narrow != self._was_narrow
+
+    @property
     def padded(self) -> torch.Size:
         """Of every rank's shard, as it is sent."""
         return self._parameter.padded_sharded_param_size
@@ -161,7 +170,7 @@ class _Weight:
         elif hasattr(shard, "fsdp_pre_all_gather"):
             del shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather
         self.linear.weight_amax = amax if self.narrow else None
-        if self.narrow != self._was_narrow:  # what was gathered into is of the other type
+        if self.changes:  # what was gathered into is of the other type
             self._parameter._init_extensions()
             self._parameter.all_gather_outputs = []
             if hasattr(self._parameter, "_unsharded_param"):

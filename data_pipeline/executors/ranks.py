@@ -6,13 +6,17 @@ from collections.abc import Callable
 from regrowth.data_pipeline.encoder import one_thread_each
 from regrowth.data_pipeline.phases.base import assigned
 from regrowth.data_pipeline.pipeline import Pipeline
-from regrowth.errors import RegrowthError, RunFailed
+from regrowth.errors import RegrowthError, RunFailed, Stopped
 
 
 def work(
     pipeline: Pipeline, phase_number: int, rank: int, world_size: int, on_done: Callable[[int], None] = lambda _: None
 ) -> tuple[int, list[str]]:
-    """Do this rank's tasks of a phase, the settled phases before it taken for granted; returns how many were done, and letters of those that failed."""
+    """Do this rank's tasks of a phase, the settled phases before it taken for granted; returns how many were done, and letters of those that failed.
+
+    Raises:
+        Stopped: an end was asked for.
+    """
     one_thread_each()
     phase = pipeline.phases[phase_number]
     if phase.settled:
@@ -26,6 +30,8 @@ def work(
                 phase.run_task(task)
                 done += 1
                 on_done(task)
+            except Stopped:
+                raise
             except RegrowthError as error:
                 letters.append(str(error))
             except Exception as error:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.document import DROPPED
-from regrowth.errors import RegrowthError, RunFailed
+from regrowth.errors import RegrowthError, RunFailed, Stopped
 from regrowth.files import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ class Phase:
         begin = time.time()
         try:
             record = self.run(task)
+        except Stopped:  # no failure of the task's
+            raise
         except Exception as error:
             letter = str(error) if isinstance(error, RegrowthError) else f"{type(error).__name__}: {error}"
             self.fail(task, letter)

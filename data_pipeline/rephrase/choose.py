@@ -29,7 +29,9 @@ def _fits(rule: StyleRule, domain: str, score: float | None) -> bool:
     if score is None:
         return True
     # A document without the score compares false with everything.
-    return score == score and (rule.at_least is None or score >= rule.at_least) and (rule.below is None or score < rule.below)
+    # Scores are kept in fp32, and so is what they are compared with.
+    least, below = (None if bound is None else float(np.float32(bound)) for bound in (rule.at_least, rule.below))
+    return score == score and (least is None or score >= least) and (below is None or score < below)
 
 
 def drawn(document: str, styles: Styles) -> str:

@@ -40,7 +40,7 @@ _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][\w’'-]{2,}")
 _NAMELIKE = re.compile(r"[A-Z][\w’'-]{2,}")
 _WORD = re.compile(r"\w+")
 _RUN = 8  # words
-_PAIR = re.compile(r"^[ \t]*(?:\d+[.)][ \t]*)?Question(?: \d+)?:", re.MULTILINE | re.IGNORECASE)
+_PAIR = re.compile(r"^[ \t]*(?:[(\[]?[0-9A-Za-z]{1,3}[.):\]]+[ \t]*)?Question(?: \d+)?:", re.MULTILINE | re.IGNORECASE)
 _TOKENS_A_PAIR = 15  # of the source, for each pair that may be kept (Nemotron-CC: ten for each 150)
 
 
@@ -77,8 +77,11 @@ def clean(answer: Answer, source: str, after: After, count: CountTokens = estima
 
 
 def some_pairs(text: str, source_tokens: int, seed: str) -> str:
-    """Of the questions with their answers, a number drawn between 1 and ten for each 150 tokens of the source, in an order that is drawn (Nemotron-CC, arXiv 2412.02595)."""
+    """Of the questions with their answers, a number drawn between 1 and ten for each 150 tokens of the source, in an order that is drawn (Nemotron-CC, arXiv 2412.02595);
+    "" where no line begins with a question."""
     begins = [found.start() for found in _PAIR.finditer(text)]
+    if not begins:
+        return ""
     pairs = [text[begin:end].strip() for begin, end in zip(begins, [*begins[1:], len(text)], strict=True)]
     chance = random.Random(seed)
     chance.shuffle(pairs)

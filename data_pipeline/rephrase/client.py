@@ -15,12 +15,13 @@ from regrowth.data_pipeline.rephrase.endpoint import Endpoint, Refused, Retry
 from regrowth.data_pipeline.rephrase.engine import Engine, Report, Request
 from regrowth.data_pipeline.rephrase.limit import AdaptiveLimit
 from regrowth.data_pipeline.rephrase.own_server import OwnServer
-from regrowth.errors import RunFailed, UserError, need
+from regrowth.errors import RunFailed, Stopped, UserError, need
 
 _LONGEST_WAIT_SECONDS = 60.0
 _LOOK_FOR_LOST_SECONDS = 2.0
 _CONNECT_SECONDS = 30.0
 _ABANDON_SECONDS = 5.0
+_LEAVE_SECONDS = 10.0  # that what is under way is waited for when something else has failed
 _DOUBTFUL = 8  # failures without an answer between them, at which a server has to prove that it answers anything at all
 
 
@@ -44,19 +45,26 @@ class Client(Engine):
         """End the connections, and the server that was started here."""
         if self._loop.is_closed():
             return
-        if self._thread is not None:
-            self._in_loop(self._leave())
-        if self._own is not None:
-            self._own.stop()
-        if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-        self._loop.close()
+        try:
+            if self._thread is not None:
+                self._in_loop(self._leave())
+        finally:
+            if self._own is not None:
+                self._own.stop()
+            if self._thread is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+            self._loop.close()
 
     def abandon(self) -> None:
         """Stop the server that was started here."""
         if self._own is not None:
             self._own.stop(_ABANDON_SECONDS)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether answers are on their way, or waited for."""
+        return super().is_busy or (self._asking is not None and self._asking.is_busy)
 
     def end_soon(self, why: str) -> None:
         """Ask for nothing more."""
@@ -105,14 +113,19 @@ class Client(Engine):
         if self._session is not None:
             return
         aiohttp = need("aiohttp", "rephrasing by a server")
-        self._session = aiohttp.ClientSession(
+        session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_seconds, sock_connect=_CONNECT_SECONDS),
         )
-        urls = self.config.urls if self._own is None else [self._own.start()]
-        self._endpoints = [Endpoint(url, self.config, self._session) for url in urls]
-        if self._own is not None:
-            await self._own.wait(self._endpoints[0], lambda: self._ended is not None)
+        try:
+            urls = self.config.urls if self._own is None else [self._own.start()]
+            endpoints = [Endpoint(url, self.config, session) for url in urls]
+            if self._own is not None:
+                await self._own.wait(endpoints[0], lambda: self._ended is not None)
+        except BaseException:
+            await session.close()
+            raise
+        self._session, self._endpoints = session, endpoints
 
     def endpoint(self) -> Endpoint | None:
         """The one with the least to do, of those that are not lost."""
@@ -130,6 +143,7 @@ class _Asking:
         self._known: set[str] = set()  # waiting, under way, or answered and not fetched yet
         self._missing: set[str] = set()  # of those that somebody waits for
         self._unwritten: list[tuple[str, Answer]] = []
+        self._unwritable = False
         self._workers: set[asyncio.Task[None]] = set()
         self._searcher: asyncio.Task[None] | None = None
         self._doubtful: list[tuple[str, Answer]] = []  # failures since the last answer: the requests', or the servers'?
@@ -179,10 +193,10 @@ class _Asking:
         try:
             await self.client.open()
             self._searcher = self._watched(self._look_for_the_lost())
-            while self._failure is None or self._workers or self._unwritten:
+            while self._failure is None or self._workers or (self._unwritten and not self._unwritable):
                 self._changed.clear()
                 if self.client._ended is not None:
-                    self._fail(RunFailed(self.client._ended))
+                    self._fail(Stopped(self.client._ended))
                 self._hire()
                 if self._doubtful and not self._workers and not self._waiting and self._failure is None:
                     await self._settle_doubts()
@@ -204,10 +218,17 @@ class _Asking:
         task.add_done_callback(ended)
         return task
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything under way."""
+        return bool(self._workers or self._unwritten)
+
     async def give_up(self) -> None:
-        """Ask no more, and keep what has come."""
+        """Ask no more, wait a while for what is under way, for it is paid, and keep what has come."""
+        self._fail(RunFailed("given up"))
+        self.look()
+        await asyncio.wait({self._driver}, timeout=_LEAVE_SECONDS)
         tasks = [*self._workers, self._driver, *([self._searcher] if self._searcher else [])]
-        self._failure = self._failure or RunFailed("given up")  # workers that are cancelled hire no others
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -319,6 +340,7 @@ class _Asking:
             self.client._record(some)
         except Exception as error:  # in a callback of the loop, from where nobody would hear of it
             self._fail(error)
+            self._unwritable, self._unwritten = True, [*some, *self._unwritten]
         else:
             self.answers.update(some)
             self._missing.difference_update(key for key, _ in some)

@@ -20,6 +20,7 @@ from regrowth.data_pipeline.transforms.hashing import REPHRASED
 _WORD = re.compile(r"\w+(?:[’'-]\w+)*|[^\w\s]")
 OPENING, RUN = 3, 5  # words
 MOST_DOCUMENTS = 20_000  # of a style that are looked at, by hash of their ids
+FEWEST = 20  # of which a share says something
 SUSPICIOUS = 0.2  # share of documents from which on an opening or a run looks like a template
 
 
@@ -37,7 +38,7 @@ class Collapse:
     @property
     def is_suspicious(self) -> bool:
         """Whether one opening, or one run, is in a large share of documents."""
-        return any(share > SUSPICIOUS for _, share in (*self.openings[:1], *self.runs[:1]))
+        return self.looked_at >= FEWEST and any(share > SUSPICIOUS for _, share in (*self.openings[:1], *self.runs[:1]))
 
 
 def rephrased(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, str, str]]:

@@ -149,8 +149,11 @@ class Endpoint:
             raise Retry("an answer that is none (no choices, no text, or no JSON)", empty=True, tokens=tokens)
         return Answer(sound_text(text), finish, prompt_tokens=tokens[0], completion_tokens=tokens[1])
 
-    async def trial(self) -> Retry | Refused | None:
+    async def trial(self, busy_is_well: bool = True) -> Retry | Refused | None:
         """What is wrong with a tiny completion, if anything is; lists of models are no proof, for some servers have none.
+
+        Args:
+            busy_is_well: whether a server that has too much to do is taken for one that answers; some say so while they load their model.
 
         Raises:
             UserError: as `ask`.
@@ -159,7 +162,7 @@ class Endpoint:
         try:
             await self.ask(tiny)
         except (Retry, Refused) as fault:
-            return None if isinstance(fault, Retry) and (fault.busy or fault.empty) else fault
+            return None if isinstance(fault, Retry) and ((fault.busy and busy_is_well) or fault.empty) else fault
         return None
 
     async def look_again(self) -> None:

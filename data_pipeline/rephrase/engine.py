@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache, request_key
-from regrowth.errors import RunFailed
+from regrowth.errors import RunFailed, Stopped
 
 Report = Callable[[int], None]
 WORKING: "weakref.WeakSet[Engine]" = weakref.WeakSet()  # that there are in this process; what is to end it asks them first
@@ -76,7 +76,8 @@ class Engine:
 
         Raises:
             UserError: what no repetition mends: the key, the address, the model.
-            RunFailed: nothing answers, the budget is used up, or an end was asked for. What was answered is kept.
+            RunFailed: nothing answers, or the budget is used up. What was answered is kept.
+            Stopped: an end was asked for.
         """
         open_ = {key for key in ticket.keys if key not in ticket.found}
         had = len(ticket.keys) - len(open_)
@@ -91,6 +92,11 @@ class Engine:
     def answers(self, requests: Sequence[Request], report: Report = lambda done: None) -> list[Answer]:
         """Begun and finished."""
         return self.finish(self.begin(requests), report)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether answers are waited for."""
+        return self.waited_for
 
     def end_soon(self, why: str) -> None:
         """Ask for nothing more and keep what is under way; whoever waits is told `why`. May be called by a signal's handler."""
@@ -117,10 +123,11 @@ class Engine:
         """Before each request: whether there is to be one.
 
         Raises:
-            RunFailed: the budget is used up, or an end was asked for.
+            RunFailed: the budget is used up.
+            Stopped: an end was asked for.
         """
         if self._ended is not None:
-            raise RunFailed(self._ended)
+            raise Stopped(self._ended)
         if self.budget_tokens is not None and spent >= self.budget_tokens:
             raise RunFailed(f"the budget of {self.budget_tokens:,} tokens is used up ({spent:,} in {self.cache.path}). What was answered is kept; "
                             "raise budget_tokens of the transform (or --budget-tokens) to go on.")  # fmt: skip

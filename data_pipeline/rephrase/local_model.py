@@ -61,7 +61,7 @@ class LocalModel(Engine):
         wanted = {key: request for key, request in self._waiting.items() if key in keys}
         prompts = {key: self._prompt(request) for key, request in wanted.items()}
         spent = sum(self.cache.spent())
-        answers: dict[str, Answer] = {}
+        answers = self.cache.find(keys - wanted.keys())  # whoever asked for the same before has had them made
         # What is asked alike is generated together; the longest first, so that memory runs out at once or never.
         left = sorted(wanted, key=lambda key: (self._sampling(wanted[key]), len(prompts[key])), reverse=True)
         while left:

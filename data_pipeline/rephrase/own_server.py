@@ -41,6 +41,8 @@ class OwnServer:
         Raises:
             UserError: there is no such command.
         """
+        self.stop()
+        self._starts = 0
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -73,11 +75,13 @@ class OwnServer:
         while not ended():
             assert self._process is not None
             if (code := self._process.poll()) is not None:
+                if self._starts > 1 and self.start_again():
+                    continue
                 raise UserError(
                     f"server.start.command: the server ended with {code} before it answered anything. Its last words ({self.log}):\n{self.last_words()}"
                 )
             try:
-                if (trouble := await endpoint.trial()) is None:
+                if (trouble := await endpoint.trial(busy_is_well=False)) is None:
                     return
                 fault = str(trouble)
             except UserError as error:  # many answer 404 until they have loaded their model
@@ -99,6 +103,7 @@ class OwnServer:
         if self._starts >= self.start_config.starts:
             raise RunFailed(f"server.start: the server ended {self._starts} times, the last time with {code}. Its last words ({self.log}):\n{self.last_words()}\n"
                             "What was answered is kept; mend it and run the same again.")  # fmt: skip
+        self._end_group(signal.SIGKILL)  # what the server has started and left: it holds the port, or a GPU
         self._spawn()
         return True
 
@@ -115,17 +120,22 @@ class OwnServer:
         """End it and all that it has started: asked first, killed after `stop_seconds`."""
         if self._process is None:
             return
-        group, self._starts = self._process.pid, self.start_config.starts
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGTERM)
+        self._starts = self.start_config.starts
+        self._end_group(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(self.start_config.stop_seconds if seconds is None else seconds)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
+        self._end_group(signal.SIGKILL)
         self._process.wait()
         self._process = None
 
+    def _end_group(self, how: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid if self._process else 0, how)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # now: between fork and exec little may be done
+
 
 def _end_with_the_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -29,7 +29,15 @@ class SimilarityCheck:
             raise UserError(f"transforms.similarity.path = {config.path}: {' '.join(str(error).split())[:500]}") from error
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512))
+        # Some models (RoBERTa's kind) begin to count places behind that of padding.
+        unused = [
+            table.padding_idx + 1
+            for name, table in self._model.named_modules()
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None
+        ]
+        self._longest = min(
+            self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512) - max(unused, default=0)
+        )
         if config.kind == "entailment":
             labels = {label.lower(): number for number, label in self._model.config.id2label.items()}
             if "entailment" not in labels:

@@ -75,8 +75,8 @@ class Rephraser(_Base):
 
     def close(self) -> None:
         """End connections, and what was started to answer."""
-        atexit.unregister(self.engine.close)
         self.engine.close()
+        atexit.unregister(self.engine.close)
 
     def _finish(self, batch: pa.RecordBatch, jobs: list[Job], ticket: Ticket) -> Parted:
         asked = {job.row for job in jobs}
@@ -108,13 +108,14 @@ class Rephraser(_Base):
             if not reason and self.language and self.language.wrong(source, text):
                 reason = "wrong_language"
             if not reason and job.prompt.after.some_pairs:
-                text = some_pairs(text, self.count_tokens(source), f"{job.document['id']}#{number}")
+                pairs = some_pairs(text, self.count_tokens(source), f"{job.document['id']}#{number}")
+                text, reason = (pairs, "") if pairs else (text, "form")
             judged.append((text, reason))
         if self.similarity and (good := [number for number, (_, reason) in enumerate(judged) if not reason]):
             sources = job.sources()
             scores = self.similarity.scores([(sources[number], judged[number][0]) for number in good])
             for number, score in zip(good, scores, strict=True):
-                if score < self.similarity.config.least:
+                if not score >= self.similarity.config.least:  # NaN is like nothing
                     judged[number] = (judged[number][0], "drifted")
         return judged
 

@@ -18,6 +18,7 @@ from regrowth.data_pipeline.rephrase.transform import Job, Rephraser
 from regrowth.data_pipeline.sources.base import Item
 from regrowth.data_pipeline.sources.registry import build_source
 from regrowth.data_pipeline.transform_config import GlobalTransform, Rephrase
+from regrowth.data_pipeline.transforms.base import Transform
 from regrowth.data_pipeline.transforms.registry import build_transforms
 from regrowth.errors import UserError
 
@@ -98,7 +99,8 @@ def preview(config: DataConfig, count: int) -> Iterator[Shown]:
     rephraser = Rephraser(rephrase_config(config))
     left = count
     try:
-        for batch in _in_turns(_before_rephrasing(config, number, item) for number, item in Pipeline.plan_of(config).items):
+        transforms = _transforms_before(config)
+        for batch in _in_turns(_before_rephrasing(config, transforms, number, item) for number, item in Pipeline.plan_of(config).items):
             jobs = list(itertools.islice((job for job in rephraser.jobs(batch) if job.chunks), left))
             answers = iter(rephraser.engine.answers([request for job in jobs for request in job.requests()]))
             for job in jobs:
@@ -127,11 +129,12 @@ def _shown(rephraser: Rephraser, job: Job, answers: list) -> Iterator[Shown]:  #
 def estimate(config: DataConfig, documents: int, report: Callable[[int], None] = lambda documents: None) -> Estimate:
     """What rephrasing would ask for; nothing is asked. Whole items of the input are read, in a random order, until there are as many documents; the rest is reckoned by its
     bytes. Deduplications are left out, so that it may be less."""
-    rephraser = Rephraser(rephrase_config(config))
+    rephraser = Rephraser(rephrase_config(config).model_copy(update={"similarity": None, "language": "any"}))  # no answer is judged
+    transforms = _transforms_before(config)
     items = Pipeline.plan_of(config).items
     found = Estimate(total_bytes=sum(item.size for _, item in items))
     for number, item in random.Random(0).sample(items, len(items)):
-        for batch in _before_rephrasing(config, number, item):
+        for batch in _before_rephrasing(config, transforms, number, item):
             found.add(batch, rephraser)
             report(found.documents)
         found.sampled_bytes += item.size
@@ -141,13 +144,16 @@ def estimate(config: DataConfig, documents: int, report: Callable[[int], None] =
     return found
 
 
-def _before_rephrasing(config: DataConfig, number: int, item: Item) -> Iterator[pa.RecordBatch]:
-    """An item's documents as they would come to be rephrased."""
+def _transforms_before(config: DataConfig) -> list[Transform]:
     first = next(n for n, t in enumerate(config.transforms) if isinstance(t, Rephrase))
-    transforms = build_transforms([t for t in config.transforms[:first] if not isinstance(t, GlobalTransform)])
+    return build_transforms([t for t in config.transforms[:first] if not isinstance(t, GlobalTransform)])
+
+
+def _before_rephrasing(config: DataConfig, transforms: list[Transform], number: int, item: Item) -> Iterator[pa.RecordBatch]:
+    """An item's documents as they would come to be rephrased."""
     source = config.sources[number]
     batches = (batch for batch, _ in to_batches(build_source(source).read(item), _BATCH_BYTES, level=source.level))
-    return through(transforms, batches, new_funnel(), lambda dropped: None)
+    yield from through(transforms, batches, new_funnel(), lambda dropped: None)
 
 
 def _in_turns(streams: Iterable[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:

@@ -231,6 +231,7 @@ def test_the_style_of_a_document_is_chosen_by_its_domain_its_score_and_weights()
     [
         ({"server": None}, "either .server. .urls, model. or .local. .path."),
         ({"local": {"path": "x"}}, "either .server. .urls, model. or .local. .path."),
+        ({"rules": [{"at_least": 0.5, "styles": {"wiki": 1}}]}, "at_least and below are bounds of a score"),
         ({"styles": {}}, "neither styles nor rules name a style"),
         ({"server": {"model": "m"}}, "name the servers .urls = "),
         ({"server": {"model": "m", "start": {"command": ["vllm", "serve"]}}}, 'no word of it has "{port}" in it'),
@@ -250,6 +251,8 @@ def test_some_of_the_questions_are_kept_by_the_length_of_the_source_in_an_order_
     assert some_pairs(text, 150, "7") == some_pairs(text, 150, "7") and some_pairs(text, 14, "1").count("Question:") == 1
     assert {len(some_pairs(text, 45, str(seed)).split("\n\n")) for seed in range(100)} == {1, 2, 3}
     assert load_prompt("diverse_qa").after.some_pairs
+    assert some_pairs("Question and answer: none. Answer: Question: neither.", 150, "1") == ""
+    assert some_pairs("(1) Question: a?\nAnswer: b.\nB. Question: a?\nAnswer: b.", 14, "1").count("Answer:") == 1
 
 
 def test_a_rephrase_in_another_language_is_found_and_one_that_is_too_short_to_tell_is_let_be() -> None:
@@ -276,6 +279,7 @@ def test_a_style_that_has_become_a_template_shows() -> None:
         and not any(share > 0.2 for _, share in easy.openings)
     )
     assert collapse([]) == [] and collapse([("qa", "a", "two words")])[0].runs == []
+    assert not collapse(template[:5])[0].is_suspicious, "five documents say nothing"
     few = collapse(template, most=40)[0]
     assert (few.documents, few.looked_at) == (150, 40) and few.openings[0][1] == 1.0
     assert collapse(reversed(template), most=40) == [few], "which ones are looked at does not depend on their order"

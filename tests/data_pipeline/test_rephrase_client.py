@@ -22,7 +22,7 @@ from regrowth.data_pipeline.rephrase.client import Client
 from regrowth.data_pipeline.rephrase.config import ServerConfig
 from regrowth.data_pipeline.rephrase.engine import Request
 from regrowth.data_pipeline.rephrase.limit import AdaptiveLimit
-from regrowth.errors import RunFailed, UserError
+from regrowth.errors import RunFailed, Stopped, UserError
 
 pytest.importorskip("aiohttp", reason="the extra rephrase is not installed")
 
@@ -270,11 +270,33 @@ def test_what_is_begun_goes_on_while_something_else_is_done(tmp_path: Path) -> N
         assert set(running.answered().values()) == {1}, "what both want is asked once"
         third = asking.begin([Request({"messages": [{"role": "user", "content": f"late {i}"}]}) for i in range(200)])
         asking.end_soon("enough")
-        with pytest.raises(RunFailed, match="enough"):
+        with pytest.raises(Stopped, match="enough"):
             asking.finish(third)
         kept = asking.cache.find(asking.key(Request({"messages": [{"role": "user", "content": f"late {i}"}]})) for i in range(200))
         assert len(kept) == len(running.answered()) - 60, "what was under way has been waited for"
         asking.close()
+
+
+def test_what_is_under_way_when_something_else_fails_is_kept(tmp_path: Path) -> None:
+    with server(tmp_path, "--seconds", "0.4") as running:
+        asking = client(tmp_path, running.url)
+        asking.begin(requests(AT_ONCE))
+        while not running.log.parent.exists() or asking._endpoints == [] or asking._endpoints[0].in_flight < AT_ONCE:
+            time.sleep(0.01)
+        assert asking.is_busy
+        asking.close()  # a disk is full, say, where the documents are written
+        assert asking.recorded == AT_ONCE and len(running.answered()) == AT_ONCE
+        again = client(tmp_path, "http://127.0.0.1:9/v1")
+        assert [answer.text for answer in again.answers(requests(AT_ONCE))] == expected(AT_ONCE)
+
+
+def test_a_client_that_could_not_begin_says_the_same_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THE_KEY", raising=False)
+    asking = client(tmp_path, "http://127.0.0.1:9/v1", key_env="THE_KEY")
+    for _ in range(2):
+        with pytest.raises(UserError, match='"THE_KEY": this environment variable is not set'):
+            asking.answers(requests(2))
+    asking.close()
 
 
 def test_log_probabilities_that_are_asked_for_and_not_given_are_told(tmp_path: Path) -> None:

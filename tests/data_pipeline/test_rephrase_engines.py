@@ -68,6 +68,8 @@ def test_a_model_in_the_process_answers_in_batches_as_it_would_one_by_one(model:
         ended = int(out[-1]) == 0
         assert answer.text == tokenizer.decode(out, skip_special_tokens=True)
         assert (answer.finish, answer.prompt_tokens, answer.completion_tokens) == ("stop" if ended else "length", prompt.shape[1], len(out))
+    first, second = engine.begin([ask("twice")]), engine.begin([ask("twice")])
+    assert engine.finish(first) == engine.finish(second)
     again = LocalModel(config.model_copy(update={"device": "nowhere"}), RequestCache(tmp_path / "a.sqlite"))
     assert again.answers(asked) == answers, "and costs nothing the second time, not even the loading"
 

@@ -17,7 +17,8 @@ from regrowth.parallel.plan import ParallelPlan
 from regrowth.parallel.ranks import RankPool
 from regrowth.pretrain.build import build_engine
 from regrowth.pretrain.config import RunSettings
-from regrowth.pretrain.conformance import MODELS, Setting, made_up_batch, run_step
+from regrowth.pretrain.conformance import MODELS, Setting, made_up_batch, run_forward, run_step
+from regrowth.pretrain.loss import training_report
 from regrowth.pretrain.precision import load_recipe
 
 Ranks = Callable[[int], RankPool]
@@ -84,6 +85,32 @@ def test_a_narrow_gather_changes_nothing_but_the_bytes_and_ends_when_the_recipe_
         gathers = setting.loader.global_batch // (its.data_ranks * its.micro_batch) * (2 if its.reshards else 1)
         saved = shard * gathers * ({"float32": 4, "bfloat16": 2}[dtype] - 1)
         assert [a - b for a, b in zip(wide[2], narrow[2], strict=True)] == [saved] * 3 + [0]
+
+
+def switch(setting: Setting) -> list[float]:
+    """Losses of steps between evaluations, by recipes in turns."""
+    mesh, model = Mesh(setting.parallel, torch.device("cpu")), MODELS[setting.model]
+    engine = build_engine(setting, model, mesh)
+    losses = []
+    for step in range(5):
+        for module in engine.modules:
+            module.follow(load_recipe("full" if step % 2 else setting.recipe), seed=1, step=step)  # pyright: ignore[reportCallIssue]
+        losses.append(run_step(engine, made_up_batch(step, model.vocabulary, setting.loader), torch.device("cpu")))
+        engine.step(3e-3, clip=1.0)
+        sums = run_forward(engine, made_up_batch(1 << 20, model.vocabulary, setting.loader), training_report, torch.device("cpu")).sum(0)
+        losses.append(float(sums[0] / sums[1]))
+    return losses
+
+
+def test_recipes_change_behind_evaluations_that_leave_weights_gathered(ranks: Ranks) -> None:
+    told = [
+        ranks(2).run(
+            switch,
+            Setting("dense", "fp8_tensorwise", parallel=told_plan({"dp_shard": 2, "reshard_after_forward": False, "gather": gather})),
+        )[0]
+        for gather in ("wide", "narrow")
+    ]
+    assert told[0] == told[1]
 
 
 def test_ranks_that_do_not_divide_a_weight_evenly(ranks: Ranks) -> None:
