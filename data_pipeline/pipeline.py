@@ -17,9 +17,13 @@ from regrowth.data_pipeline.document import EMPTY
 from regrowth.data_pipeline.phases.base import Funnel, Phase, add_funnel, new_funnel
 from regrowth.data_pipeline.phases.curate import CuratePhase, Parts
 from regrowth.data_pipeline.phases.dedup import BandsPhase, ClustersPhase, ExactPhase, Removals
+from regrowth.data_pipeline.phases.keep_best import KeepBestPhase, Selection
 from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.phases.shard import FinishPhase, ShardPhase, TokenizerPhase
 from regrowth.data_pipeline.rephrase.prompts import load_prompt
+from regrowth.data_pipeline.select.config import essence
+from regrowth.data_pipeline.select.record import model_mark, read_record
+from regrowth.data_pipeline.select.strength import STRENGTH, load_models
 from regrowth.data_pipeline.source_config import MegatronSource
 from regrowth.data_pipeline.sources.base import Item
 from regrowth.data_pipeline.sources.files import JSONL
@@ -31,10 +35,13 @@ from regrowth.data_pipeline.transform_config import (
     ExactDedup,
     FastTextScore,
     GlobalTransform,
+    KeepBest,
     Language,
     LineDedup,
     MinHashDedup,
     Rephrase,
+    SelectorScore,
+    Strength,
 )
 from regrowth.errors import UserError
 from regrowth.files import fingerprint, read_json, sha256_of, write_json
@@ -109,11 +116,7 @@ class Pipeline:
     @cached_property
     def score_names(self) -> list[str]:
         """The scores that the recipe's transforms add, in order."""
-        names = [
-            t.name if isinstance(t, FastTextScore) else "language"
-            for t in self.config.transforms
-            if isinstance(t, FastTextScore | Language)
-        ]
+        names = [name for number, t in enumerate(self.config.transforms) for name in _scores_of(t, number, self.plan["inputs"])]
         return list(dict.fromkeys(names))
 
     @cached_property
@@ -128,7 +131,7 @@ class Pipeline:
         before: Parts | None = None
         for batchwise, dedups in _segments(self.config.transforms):
             curate = add(CuratePhase, batchwise, dedups, before)
-            removals: list[Removals] = []
+            removals: list[Removals | Selection] = []
             edits = None
             for dedup in dedups:
                 parts = Parts(curate, list(removals))
@@ -136,6 +139,9 @@ class Pipeline:
                     removals.append(add(ExactPhase, parts).removals)
                 elif isinstance(dedup, MinHashDedup):
                     removals.append(add(ClustersPhase, add(BandsPhase, parts, dedup)).removals)
+                elif isinstance(dedup, KeepBest):
+                    place = sum(isinstance(removal, Selection) for removal in removals)
+                    removals.append(add(KeepBestPhase, parts, dedup, place).removals)
                 else:
                     edits = add(LineDedupPhase, parts, dedup)
             before = Parts(curate, removals, edits)
@@ -203,6 +209,18 @@ class Pipeline:
         )
 
 
+def _scores_of(transform: Any, number: int, inputs: dict[str, str]) -> list[str]:
+    """The names of the scores that a transform adds."""
+    if isinstance(transform, FastTextScore):
+        return [transform.name]
+    if isinstance(transform, SelectorScore):
+        return [transform.name or transform.path.name]
+    if isinstance(transform, Strength):
+        begin = f"transforms.{number}.models."
+        return [STRENGTH, *(f"bpc_{key.removeprefix(begin)}" for key in inputs if key.startswith(begin))]
+    return ["language"] if isinstance(transform, Language) else []
+
+
 def _segments(transforms: list[Any]) -> list[tuple[list[Any], list[Any]]]:
     """Runs of batch-wise transforms with the deduplications behind them. Nothing but a new segment can follow a line deduplication."""
     segments: list[tuple[list[Any], list[Any]]] = [([], [])]
@@ -259,6 +277,11 @@ def _inputs(config: DataConfig) -> dict[str, str]:
                 inputs[f"transforms.{number}.extra"] = fingerprint(transform.server.extra)
             for style in transform.all_styles:
                 inputs[f"transforms.{number}.styles.{style}"] = fingerprint(load_prompt(style, transform.prompts).model_dump(mode="json"))
+        if isinstance(transform, SelectorScore):
+            inputs[f"transforms.{number}.selector"] = read_record(transform.path, f"data.transforms.{number}.path")["mark"]
+        if isinstance(transform, Strength):
+            for model in load_models(transform.models_file, transform.target)[0]:
+                inputs[f"transforms.{number}.models.{model.name}"] = model_mark(model.path)
         if isinstance(transform, Decontaminate):
             listed = find_files(transform.path, JSONL, f"data.transforms.{number}.path")
             inputs[f"transforms.{number}.path"] = fingerprint([asdict(found) for found in listed])
@@ -272,6 +295,8 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     for transform, plain in zip(config.transforms, settings["transforms"], strict=True):
         for key in transform.work:
             del plain[key]
+        if isinstance(transform, Strength):
+            plain["losses"] = essence(transform)["losses"]
     return settings
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from regrowth.data_pipeline.arrow import pc, read_stream
 from regrowth.data_pipeline.phases.curate import CuratePhase
 from regrowth.data_pipeline.phases.dedup import ClustersPhase, ExactPhase
+from regrowth.data_pipeline.phases.keep_best import KeepBestPhase
 from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import UserError
@@ -108,6 +109,11 @@ def _dedup_steps(pipeline: Pipeline, phase: CuratePhase, part: int, row: int) ->
         if isinstance(dedup, LineDedupPhase) and dedup.parts.phase is phase and dedup.settled:
             repeated, units = dedup.of(part, row)
             steps.append(f"{dedup.kind}: {repeated} of {units} {dedup.config.unit}s met before")
+        if isinstance(dedup, KeepBestPhase) and dedup.parts.phase is phase and dedup.settled:
+            score, lowest, stays = dedup.removals.line_of(part, row)
+            steps.append(
+                f"{dedup.kind} ({dedup.config.score}): {'kept' if stays else 'left out'}; its score is {score:g}, the lowest kept {lowest:g}"
+            )
         if not isinstance(dedup, ExactPhase | ClustersPhase) or not dedup.settled:
             continue
         if (dedup.parts if isinstance(dedup, ExactPhase) else dedup.bands.parts).phase is not phase:

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from regrowth.data_pipeline.rephrase.config import LocalModelConfig, ServerConfig
+from regrowth.data_pipeline.select.config import Losses
 from regrowth.settings import PlainName, Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -304,6 +305,48 @@ class LineDedup(TransformSettings):
         return self
 
 
+class SelectorScore(TransformSettings):
+    """Score documents with a fitted selector (`regrowth data select fit`)."""
+
+    kind: Literal["selector"]
+    path: Path  # the selector's folder
+    name: PlainName | None = None  # the score's name; None: the folder's
+
+
+class Strength(TransformSettings):
+    """Take the losses of scored models on each document, and how well their order foretells that of the scores (PreSelect, arXiv 2503.00808)."""
+
+    inputs = ("models_file",)
+
+    kind: Literal["strength"]
+    models_file: Path  # a TOML list of models with scores
+    target: str | None = None  # whose scores order the models, where the file has several
+    weights: Literal["pairs", "gaps"] = "pairs"  # a pair of models counts one, or the distance of their scores
+    losses: Losses = Losses()
+
+
+class KeepBest(TransformSettings):
+    """Keep the documents with the highest scores: a share of all text, or so many of each group. Those without the score go."""
+
+    inputs = ("tokenizer",)
+
+    kind: Literal["keep_best"]
+    score: str  # the name of a score that a transform before this one gives, or "random"
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None  # that is kept
+    documents: Annotated[int, Field(ge=1)] | None = None  # that are kept of each group, instead of a fraction
+    of: Literal["characters", "tokens", "documents"] = "characters"  # what the fraction is of
+    tokenizer: str | None = None  # a tokenizer.json that counts tokens; None: a quarter of the bytes
+    per: Literal["corpus", "domain", "host"] = "corpus"  # the group that documents compete in; the host is that of meta.url
+    groups: Annotated[int, Field(ge=1)] | None = None  # only the groups with most documents, so many of them
+    seed: int = 0  # of the order among equal scores, and of a random choice
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "KeepBest":
+        if (self.fraction is None) == (self.documents is None):
+            raise ValueError("keep_best: say how much is kept, either by fraction or by documents (of each group)")
+        return self
+
+
 BatchTransform = (
     Normalise
     | FixUnicode
@@ -320,6 +363,8 @@ BatchTransform = (
     | BlockedWords
     | Decontaminate
     | Rephrase
+    | SelectorScore
+    | Strength
 )
-GlobalTransform = ExactDedup | MinHashDedup | LineDedup
+GlobalTransform = ExactDedup | MinHashDedup | LineDedup | KeepBest
 Transform = Annotated[BatchTransform | GlobalTransform, Field(discriminator="kind")]

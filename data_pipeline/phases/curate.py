@@ -18,8 +18,9 @@ import pyarrow as pa
 from regrowth.data_pipeline.arrow import pc, read_stream
 from regrowth.data_pipeline.document import DOCUMENT, EMPTY, Raw, mark_dropped, to_batches
 from regrowth.data_pipeline.phases.base import Funnel, OnDrop, Phase, count, funnel_rows, new_funnel
+from regrowth.data_pipeline.rephrase.chunks import CountTokens, counter
 from regrowth.data_pipeline.sources.registry import build_source
-from regrowth.data_pipeline.transform_config import LineDedup, MinHashDedup
+from regrowth.data_pipeline.transform_config import KeepBest, LineDedup, MinHashDedup
 from regrowth.data_pipeline.transforms.base import Parted, Transform, score_of
 from regrowth.data_pipeline.transforms.hashing import content_hashes
 from regrowth.data_pipeline.transforms.registry import build_transforms
@@ -28,6 +29,7 @@ from regrowth.files import atomic_path
 
 if TYPE_CHECKING:
     from regrowth.data_pipeline.phases.dedup import Removals
+    from regrowth.data_pipeline.phases.keep_best import Selection
     from regrowth.data_pipeline.phases.line_dedup import LineDedupPhase
     from regrowth.data_pipeline.pipeline import Pipeline
 
@@ -50,6 +52,7 @@ class CuratePhase(Phase):
         self.configs, self.before = transforms, before
         self.minhash = next((d for d in dedups if isinstance(d, MinHashDedup)), None)
         self.lines = next((d for d in dedups if isinstance(d, LineDedup)), None)
+        self.best = [d for d in dedups if isinstance(d, KeepBest)]
         self.may_lose = before is None
 
     def sizes(self) -> list[int]:
@@ -82,7 +85,7 @@ class CuratePhase(Phase):
                     hashes = content_hashes(batch.column("text"))
                     column = pa.FixedSizeBinaryArray.from_buffers(_HASH.type, len(batch), [None, pa.py_buffer(hashes.tobytes())])
                     kept.write_batch(pa.RecordBatch.from_arrays([*batch.columns, column], schema=CURATED))
-                    keys.add(batch)
+                    keys.add(batch, hashes)
                     documents += len(batch)
                     bytes_ += pc.sum(pc.binary_length(batch.column("text"))).as_py()
         keys.write()
@@ -150,9 +153,10 @@ class _Keys:
     def __init__(self, phase: CuratePhase, task: int) -> None:
         self.phase, self.task = phase, task
         self.spools: dict[str, _Spool] = {}
+        self.counters: dict[str | None, CountTokens] = {}
 
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Compute the keys of one batch."""
+    def add(self, batch: pa.RecordBatch, content: np.ndarray) -> None:
+        """Compute the keys of one batch, whose content hashes are given."""
         minhash, lines, texts = self.phase.minhash, self.phase.lines, batch.column("text")
         if minhash is not None:
             from regrowth.data_pipeline.text.characters import buffers, folds
@@ -171,6 +175,15 @@ class _Keys:
             hashes, firsts = unit_hashes(*buffers(texts), character_classes(), lines.unit == "paragraph", lines.min_bytes)
             self._spool(".units.npy", hashes)
             self._spool(".unit_counts.npy", np.diff(firsts))
+        for place, best in enumerate(self.phase.best):
+            from regrowth.data_pipeline.phases.keep_best import score_keys
+
+            self._spool(f".best{place}.npy", score_keys(batch, content, best, self._counter(best)))
+
+    def _counter(self, best: KeepBest) -> CountTokens:
+        if best.tokenizer not in self.counters:
+            self.counters[best.tokenizer] = counter(best.tokenizer)
+        return self.counters[best.tokenizer]
 
     def _spool(self, suffix: str, array: np.ndarray) -> None:
         if suffix not in self.spools:
@@ -186,6 +199,11 @@ class _Keys:
         if self.phase.lines is not None and ".units.npy" not in self.spools:
             self._spool(".units.npy", np.zeros(0, np.uint64))
             self._spool(".unit_counts.npy", np.zeros(0, np.int64))
+        for place in range(len(self.phase.best)):
+            if f".best{place}.npy" not in self.spools:
+                from regrowth.data_pipeline.phases.keep_best import KEYS
+
+                self._spool(f".best{place}.npy", np.zeros(0, KEYS))
         for suffix, spool in self.spools.items():
             spool.write(self.phase.path(self.task, suffix))
 
@@ -247,7 +265,7 @@ def load(path: Path) -> np.ndarray:
 class Parts:
     """The finished parts of a segment, and what the deduplications behind it said of their documents."""
 
-    def __init__(self, phase: CuratePhase, removals: "list[Removals]", edits: "LineDedupPhase | None" = None) -> None:
+    def __init__(self, phase: CuratePhase, removals: "list[Removals | Selection]", edits: "LineDedupPhase | None" = None) -> None:
         self.phase, self.removals, self.edits = phase, removals, edits
 
     def __len__(self) -> int:

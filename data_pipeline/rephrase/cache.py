@@ -1,13 +1,8 @@
-"""Answers that were paid for: one SQLite file, which processes share and a crash leaves whole.
-
-An answer is handed on only when it is written here, so that whatever kills the process, nobody pays for it again. Rollback journals without syncing: what a process has committed
-outlives the process, and needs nothing of the file system but locks, where write-ahead logs would need memory shared among all hosts. A power cut may cost the last answers.
-"""
+"""Answers that were paid for. An answer is handed on only when it is written here, so that whatever kills the process, nobody pays for it again."""
 
 import contextlib
 import json
 import sqlite3
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,11 +11,9 @@ from typing import Any
 
 import xxhash
 
-from regrowth.errors import RunFailed, UserError
-from regrowth.files import disk_full_message
+from regrowth.data_pipeline.sqlite_file import SqliteFile
 
 _LAYOUT = 1
-_BUSY_SECONDS = 120.0  # how long another process may hold the lock
 _TABLE = """
 create table if not exists answers (
     key text primary key, text text not null, finish text not null, error text not null, transient integer not null, attempts integer not null,
@@ -60,7 +53,7 @@ def tokens_in(path: Path) -> tuple[int, int] | None:
         return None
 
 
-class RequestCache:
+class RequestCache(SqliteFile):
     """The answers in a file; to be used by any thread.
 
     Raises:
@@ -69,40 +62,17 @@ class RequestCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._of_thread, self._open = threading.local(), []
-        with self._told():
-            self._connection.execute(_TABLE)
-            self._connection.execute(_TOTALS)
-            self._connection.execute("insert or ignore into totals values (1, 0, 0)")
-            layout = self._connection.execute("pragma user_version").fetchone()[0]
-            if layout not in (0, _LAYOUT):
-                raise UserError(f"{path}: a request cache of layout {layout}, this version has {_LAYOUT}. Name another with cache.")
-            self._connection.execute(f"pragma user_version = {_LAYOUT}")
-
-    @property
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's own."""
-        if not hasattr(self._of_thread, "connection"):
-            # Another thread does no more with it than close it.
-            self._of_thread.connection = made = sqlite3.connect(
-                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            made.execute("pragma journal_mode = truncate")
-            made.execute("pragma synchronous = off")
-            self._open.append(made)
-        return self._of_thread.connection
+        super().__init__(path, "a cache of requests", "cache", (_TABLE, _TOTALS, "insert or ignore into totals values (1, 0, 0)"), _LAYOUT)
 
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
         """The answers that are there, by key."""
         found, wanted = {}, list(keys)
         fields = "text, finish, error, transient, attempts, prompt_tokens, completion_tokens"
-        with self._told():
+        with self.told():
             for begin in range(0, len(wanted), 500):
                 some = wanted[begin : begin + 500]
                 marks = ",".join("?" * len(some))
-                for key, *values in self._connection.execute(f"select key, {fields} from answers where key in ({marks})", some):
+                for key, *values in self.connection.execute(f"select key, {fields} from answers where key in ({marks})", some):
                     values[3] = bool(values[3])
                     found[key] = Answer(*values)
         return found
@@ -111,39 +81,15 @@ class RequestCache:
         """Keep answers, in one transaction; a later one takes the place of an earlier."""
         now = time.time()
         rows = [{**asdict(answer), "key": key, "at": now} for key, answer in answers]
-        with self._told():
-            self._connection.execute("begin immediate")
-            try:
-                self._connection.executemany(
-                    "insert or replace into answers values (:key, :text, :finish, :error, :transient, :attempts, :prompt_tokens, :completion_tokens, :at)",
-                    rows,
-                )
-                tokens = [sum(row[key] for row in rows) for key in ("prompt_tokens", "completion_tokens")]
-                self._connection.execute("update totals set prompt = prompt + ?, completion = completion + ?", tokens)
-            except BaseException:
-                self._connection.execute("rollback")
-                raise
-            self._connection.execute("commit")
+        with self.transaction() as connection:
+            connection.executemany(
+                "insert or replace into answers values (:key, :text, :finish, :error, :transient, :attempts, :prompt_tokens, :completion_tokens, :at)",
+                rows,
+            )
+            tokens = [sum(row[key] for row in rows) for key in ("prompt_tokens", "completion_tokens")]
+            connection.execute("update totals set prompt = prompt + ?, completion = completion + ?", tokens)
 
     def spent(self) -> tuple[int, int]:
         """Tokens of all answers that were ever stored, those that others replaced among them: of prompts, and of completions."""
-        with self._told():
-            return self._connection.execute("select prompt, completion from totals").fetchone()
-
-    def close(self) -> None:
-        """Let go of the file; no thread uses it any more."""
-        for connection in self._open:
-            connection.close()
-
-    @contextlib.contextmanager
-    def _told(self) -> Any:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise RunFailed(disk_full_message(self.path)) from error
-            raise UserError(
-                f"{self.path}: {error}. The cache of requests needs a folder that can be written, on a file system with locks."
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path}: no request cache ({error}). Move it away, or name another with cache.") from error
+        with self.told():
+            return self.connection.execute("select prompt, completion from totals").fetchone()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 CountTokens = Callable[[str], int]
@@ -64,3 +65,13 @@ def _pieces(text: str, whole: Chunk, most: int, count: CountTokens, borders: tup
             yield from _pieces(text, Chunk(begin, border.end()), most, count, borders[1:])
             begin = border.end()
         yield from _pieces(text, Chunk(begin, whole.end), most, count, borders[1:])
+
+
+def counter(tokenizer: str | None) -> CountTokens:
+    """How tokens are counted: by a tokenizer.json, or by bytes."""
+    if tokenizer is None:
+        return estimated_tokens
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(Path(tokenizer)))
+    return lambda text: len(loaded.encode(text, add_special_tokens=False).ids)

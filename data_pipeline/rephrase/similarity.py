@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from regrowth.data_pipeline.transform_config import Similarity
@@ -17,7 +18,7 @@ class SimilarityCheck:
         UserError: the model cannot be loaded, or knows no entailment.
     """
 
-    def __init__(self, config: Similarity) -> None:
+    def __init__(self, config: Similarity, key: str = "transforms.similarity.path") -> None:
         self.config = config
         transformers = need("transformers", "comparing rephrases with their sources")
         kind = transformers.AutoModel if config.kind == "embedding" else transformers.AutoModelForSequenceClassification
@@ -26,7 +27,8 @@ class SimilarityCheck:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.path)
             self._model: Any = kind.from_pretrained(config.path).to(device).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"transforms.similarity.path = {config.path}: {' '.join(str(error).split())[:500]}") from error
+            raise UserError(f"{key} = {config.path}: {' '.join(str(error).split())[:500]}") from error
+        self.parameters = sum(p.numel() for p in self._model.parameters())
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # Some models (RoBERTa's kind) begin to count places behind that of padding.
@@ -41,9 +43,7 @@ class SimilarityCheck:
         if config.kind == "entailment":
             labels = {label.lower(): number for number, label in self._model.config.id2label.items()}
             if "entailment" not in labels:
-                raise UserError(
-                    f"transforms.similarity.path = {config.path}: none of its labels ({', '.join(labels)}) is entailment; take an NLI model."
-                )
+                raise UserError(f"{key} = {config.path}: none of its labels ({', '.join(labels)}) is entailment; take an NLI model.")
             self._entailment = labels["entailment"]
 
     @torch.no_grad()
@@ -56,10 +56,20 @@ class SimilarityCheck:
                 logits = self._model(**self._tokens(sources, texts)).logits.float()
                 found += logits.softmax(-1)[:, self._entailment].tolist()
             else:
-                found += torch.cosine_similarity(self._embed(sources), self._embed(texts)).tolist()
+                found += torch.cosine_similarity(self._states(sources), self._states(texts)).tolist()
         return found
 
-    def _embed(self, texts: list[str]) -> torch.Tensor:
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """float32 [n, width]: the mean of each text's last states; of like lengths together, so that little is padded."""
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        found: dict[int, np.ndarray] = {}
+        for begin in range(0, len(order), _BATCH):
+            some = order[begin : begin + _BATCH]
+            found |= dict(zip(some, self._states([texts[place] for place in some]).cpu().numpy(), strict=True))
+        return np.stack([found[place] for place in range(len(texts))])
+
+    def _states(self, texts: list[str]) -> torch.Tensor:
         tokens = self._tokens(texts)
         states, mask = self._model(**tokens).last_hidden_state.float(), tokens["attention_mask"][..., None]
         return (states * mask).sum(1) / mask.sum(1)

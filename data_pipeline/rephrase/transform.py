@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ import xxhash
 from regrowth.data_pipeline.document import DOCUMENT, document_id, mark_dropped
 from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
 from regrowth.data_pipeline.rephrase.choose import styles_of
-from regrowth.data_pipeline.rephrase.chunks import Chunk, CountTokens, chunks, estimated_tokens
+from regrowth.data_pipeline.rephrase.chunks import Chunk, chunks, counter
 from regrowth.data_pipeline.rephrase.clean import clean, some_pairs
 from regrowth.data_pipeline.rephrase.client import Client
 from regrowth.data_pipeline.rephrase.engine import Engine, Request, Ticket
@@ -170,16 +169,6 @@ def build_engine(config: Rephrase) -> Engine:
         return LocalModel(config.local, cache, config.budget_tokens, config.retry_errors)
     assert config.server is not None
     return Client(config.server, cache, config.budget_tokens, config.retry_errors)
-
-
-def counter(tokenizer: str | None) -> CountTokens:
-    """How tokens are counted: by a tokenizer.json, or by bytes."""
-    if tokenizer is None:
-        return estimated_tokens
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(Path(tokenizer)))
-    return lambda text: len(loaded.encode(text, add_special_tokens=False).ids)
 
 
 def _interleaved(batch: pa.RecordBatch, written: list[tuple[int, Row]]) -> pa.RecordBatch:

@@ -40,6 +40,10 @@ def _build(transform: Any) -> Any:
         from regrowth.data_pipeline.rephrase.transform import Rephraser
 
         return Rephraser(transform)
+    if isinstance(transform, config.SelectorScore | config.Strength):
+        from regrowth.data_pipeline.transforms import selecting
+
+        return selecting.SelectorScorer(transform) if isinstance(transform, config.SelectorScore) else selecting.StrengthScorer(transform)
     from regrowth.data_pipeline.transforms import choosing
 
     others = {

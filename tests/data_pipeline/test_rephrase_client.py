@@ -373,13 +373,13 @@ def test_the_limit_finds_what_a_server_can_take(first: int, places: int) -> None
 
 def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("this is no database, but a text that is long enough to be taken for one" * 20)
-    with pytest.raises(UserError, match=r"text: no request cache \(file is not a database\)"):
+    with pytest.raises(UserError, match=r"text: not a cache of requests \(file is not a database\)"):
         RequestCache(tmp_path / "text")
     RequestCache(tmp_path / "old").close()
     connection = sqlite3.connect(tmp_path / "old")
     connection.execute("pragma user_version = 9")
     connection.close()
-    with pytest.raises(UserError, match="a request cache of layout 9"):
+    with pytest.raises(UserError, match="a cache of requests of layout 9"):
         RequestCache(tmp_path / "old")
 
 

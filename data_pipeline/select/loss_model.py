@@ -1,0 +1,148 @@
+"""A causal language model of transformers, in this process, that says how well it knows documents."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from regrowth.data_pipeline.select.config import Losses
+from regrowth.data_pipeline.select.record import model_mark
+from regrowth.data_pipeline.select.windows import Window, windows
+from regrowth.errors import UserError, need
+from regrowth.files import fingerprint
+
+_LOGITS = 1 << 26  # numbers that are turned into losses at once
+
+
+class Scored(NamedTuple):
+    """Of each document: the nats of what was predicted, the characters that it stands for, and its tokens."""
+
+    nats: np.ndarray  # float64 [n], NaN where nothing was predicted
+    characters: np.ndarray  # int64 [n]
+    tokens: np.ndarray  # int64 [n]
+
+
+class LossModel:
+    """Sums of losses over whole documents.
+
+    A document's first token is predicted from the token that begins documents (`bos`, else `eos`), as in training; a tokenizer with neither predicts from the second token on, and
+    the characters of the first are not counted. No end is predicted. Documents never see each other.
+
+    Args:
+        key: of the config, that named the model.
+
+    Raises:
+        UserError: the model cannot be loaded, or its tokenizer cannot say where tokens lie.
+    """
+
+    def __init__(self, path: str, config: Losses, key: str) -> None:
+        self.path, self.config, self.key = path, config, key
+        self.mark = model_mark(path)
+        self.tokens_run = 0  # through the model, context and padding included
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            transformers = need("transformers", "taking models' losses on documents")
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.path)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self._where}: {' '.join(str(error).split())[:500]}") from error
+            if not self._tokenizer.is_fast:
+                raise UserError(
+                    f"{self._where}: its tokenizer has no tokenizer.json (a fast tokenizer), so that characters cannot be told. Convert it."
+                )
+        return self._tokenizer
+
+    @property
+    def vocabulary(self) -> str:
+        """A hash of the tokenizer: equal where tokens mean the same."""
+        return fingerprint(sorted(self.tokenizer.get_vocab().items()))
+
+    @property
+    def _where(self) -> str:
+        return f"{self.key} = {self.path}{'' if Path(self.path).is_dir() else ' (no folder of this name is here)'}"
+
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        transformers = need("transformers", "taking models' losses on documents")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.config.device == "auto" else self.config.device
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.config.dtype))
+            self._model = model.to(device).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self._where}: {' '.join(str(error).split())[:500]}") from error
+        self.parameters = sum(p.numel() for p in self._model.parameters())
+        context = getattr(self._model.config, "max_position_embeddings", None) or self.config.window
+        self.window = min(self.config.window, context)
+        self.stride = min(self.config.stride, max(1, self.window - 1))
+        self._keeps = "logits_to_keep" in self._model.forward.__code__.co_varnames
+
+    def close(self) -> None:
+        """Free the model; it is loaded again when it is needed."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def flops(self) -> float:
+        """Spent so far: two for each parameter and token."""
+        return 2.0 * self.parameters * self.tokens_run if self.tokens_run else 0.0
+
+    @torch.no_grad()
+    def score(self, texts: list[str]) -> Scored:
+        """The losses of documents."""
+        self._load()
+        coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        ids = [([] if first is None else [first]) + tokens for tokens in coded["input_ids"]]
+        skipped = [0 if first is not None or not offsets else offsets[0][1] for offsets in coded["offset_mapping"]]
+        characters = np.array([len(text) - gone for text, gone in zip(texts, skipped, strict=True)], np.int64)
+        tokens = np.array([max(len(one) - 1, 0) for one in ids], np.int64)
+        nats = np.zeros(len(texts))
+        for batch in self._batches(ids):
+            for (document, _), loss in zip(batch, self._losses(batch, ids), strict=True):
+                nats[document] += loss
+        return Scored(np.where((tokens > 0) & (characters > 0), nats, np.nan), characters, tokens)
+
+    def _batches(self, ids: list[list[int]]) -> list[list[tuple[int, Window]]]:
+        """Windows of like lengths together, the longest first: hardly any padding, and memory runs out at once or never."""
+        every = [(document, w) for document, one in enumerate(ids) for w in windows(len(one), self.window, self.stride)]
+        every.sort(key=lambda pair: (pair[1].begin - pair[1].stop, pair[1].begin - pair[1].scored))
+        batches: list[list[tuple[int, Window]]] = []
+        for pair in every:
+            if batches and (len(batches[-1]) + 1) * (batches[-1][0][1].stop - batches[-1][0][1].begin) <= self.config.batch_tokens:
+                batches[-1].append(pair)
+            else:
+                batches.append([pair])
+        return batches
+
+    def _losses(self, batch: list[tuple[int, Window]], ids: list[list[int]]) -> list[float]:
+        """Nats of each window. Padding stands behind, where a causal model does not look back to it, so no mask is needed."""
+        longest = max(w.stop - w.begin for _, w in batch)
+        rows = torch.zeros(len(batch), longest, dtype=torch.long)
+        labels = torch.full((len(batch), longest - 1), -100, dtype=torch.long)
+        for row, (document, w) in enumerate(batch):
+            its = torch.tensor(ids[document][w.begin : w.stop])
+            rows[row, : len(its)] = its
+            labels[row, w.scored - w.begin - 1 : len(its) - 1] = its[w.scored - w.begin :]
+        begin = min(w.scored - w.begin for _, w in batch) - 1
+        device = self._model.device
+        rows, labels = rows.to(device), labels[:, begin:].to(device)
+        more = {"logits_to_keep": torch.arange(begin, longest - 1, device=device)} if self._keeps else {}
+        logits = self._model(input_ids=rows, use_cache=False, **more).logits
+        if not self._keeps:
+            logits = logits[:, begin : longest - 1]
+        self.tokens_run += rows.numel()
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
+        step = max(1, _LOGITS // (len(batch) * logits.shape[-1]))
+        for at in range(0, logits.shape[1], step):
+            piece, its = logits[:, at : at + step].float(), labels[:, at : at + step]
+            losses = torch.nn.functional.cross_entropy(piece.transpose(1, 2), its, ignore_index=-100, reduction="none")
+            sums += losses.double().sum(1)
+        return sums.tolist()

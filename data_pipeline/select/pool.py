@@ -1,0 +1,109 @@
+"""Documents that selectors are fitted to: those of a finished corpus, without what is held out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from regrowth.data_pipeline.phases.keep_best import groups_of, tie_of
+from regrowth.data_pipeline.pipeline import Pipeline
+from regrowth.data_pipeline.transforms.base import score_of
+from regrowth.data_pipeline.transforms.hashing import heldout_mask, split_hashes
+from regrowth.errors import UserError
+from regrowth.files import fingerprint
+
+_NOT_OF_ITS_TEXT = {"out": True, "name": True, "folder": True, "workers": True, "executor": True, "tokenizer": True, "shards": True}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some documents, in their corpus's order."""
+
+    texts: list[str]
+    hashes: list[bytes]  # of their contents
+    groups: list[str]
+    batches: list[pa.RecordBatch]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def score(self, name: str) -> np.ndarray:
+        """float32 [n]: a score that they have, NaN where they do not."""
+        return np.concatenate([score_of(batch.column("scores"), name, np.nan) for batch in self.batches] or [np.zeros(0, np.float32)])
+
+
+class Pool:
+    """The training documents of a corpus as they were curated.
+
+    Raises:
+        UserError: the corpus is not finished.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.pipeline = root, Pipeline.open(root)
+        if not self.pipeline.finished:
+            raise UserError(f"{root}: this corpus is not finished; `regrowth data run RECIPE` goes on with it.")
+        assert self.pipeline.phases  # makes its parts known
+        config = self.pipeline.config.model_dump(mode="json", exclude=_NOT_OF_ITS_TEXT)
+        self.mark = fingerprint([config, self.pipeline.plan["items"], self.pipeline.plan["inputs"]])
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All training documents, with their content hashes."""
+        fraction = self.pipeline.config.heldout_fraction
+        for part in self.pipeline.parts.present():
+            for batch in self.pipeline.parts.kept(part):
+                held = heldout_mask(split_hashes(batch, content_hashes_of(batch)), fraction)
+                yield batch.filter(pa.array(~held)) if held.any() else batch
+
+    def sample(self, documents: int, seed: int, per: str = "corpus", groups: int | None = None) -> Sample:
+        """So many documents of each group, drawn by their content: the same ones wherever and in what order they lie.
+
+        Args:
+            groups: only the groups with most documents.
+
+        Raises:
+            UserError: there is no document.
+        """
+        names: dict[str, int] = {}
+        of, ties, places, total = [], [], [], 0
+        share = min(1.0, 1.5 * documents / max(sum(self.pipeline.parts.phase.summary["documents"]), 1) + 1e-3) if per == "corpus" else 1.0
+        for batch in self.batches():
+            tie = tie_of(content_hashes_of(batch).view("<u8").reshape(-1, 2)[:, 1], seed)
+            near = np.flatnonzero(tie <= np.uint64(min(int(share * 2**64), 2**64 - 1)))  # with luck no other can be drawn
+            of.append(np.array([names.setdefault(name, len(names)) for name in groups_of(batch, per)], np.int64)[near])
+            ties.append(tie[near])
+            places.append(total + near)
+            total += len(batch)
+        if not total:
+            raise UserError(f"{self.root}: holds no training document.")
+        group, tie, place = (np.concatenate(parts) for parts in (of, ties, places))
+        order = np.lexsort((place, tie, group))
+        group, place = group[order], place[order]
+        first = np.searchsorted(group, np.arange(len(names)))
+        chosen = np.arange(len(group)) - first[group] < documents
+        if groups is not None and groups < len(names):
+            sizes = np.bincount(group, minlength=len(names))
+            largest = sorted(range(len(names)), key=lambda g: (-sizes[g], list(names)[g]))[:groups]
+            chosen &= np.isin(group, largest)
+        return self._take(np.sort(place[chosen]), per)
+
+    def _take(self, places: np.ndarray, per: str) -> Sample:
+        found, begin = Sample([], [], [], []), 0
+        for batch in self.batches():
+            here = places[np.searchsorted(places, begin) : np.searchsorted(places, begin + len(batch))] - begin
+            begin += len(batch)
+            if len(here):
+                some = batch.take(pa.array(here))
+                found.texts.extend(some.column("text").to_pylist())
+                found.hashes.extend(some.column("content_hash").to_pylist())
+                found.groups.extend(groups_of(some, per))
+                found.batches.append(some)
+        return found
+
+
+def content_hashes_of(batch: pa.RecordBatch) -> np.ndarray:
+    """V16 [n]: the column of content hashes."""
+    column = batch.column("content_hash")
+    return np.frombuffer(column.buffers()[1], "V16", count=len(batch), offset=16 * column.offset) if len(batch) else np.zeros(0, "V16")
