@@ -1,5 +1,6 @@
 """A fastText classifier of two classes: trained, held to examples it has not seen, written with what was found."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import numpy as np
 import xxhash
 
 from regrowth.data_pipeline.select.config import FastTextTraining
+from regrowth.data_pipeline.select.fasttext_process import train_in_process
 from regrowth.data_pipeline.select.measures import average_precision, best_threshold, calibration_error, fit_platt, platt, roc_auc
 from regrowth.data_pipeline.transforms.choosing import load_fasttext
-from regrowth.errors import UserError, need
+from regrowth.errors import UserError
 from regrowth.files import atomic_path
 
 WANTED, UNWANTED = "__label__1", "__label__0"
@@ -33,7 +35,6 @@ def train_classifier(positives: list[str], negatives: list[str], config: FastTex
     Raises:
         UserError: a class has too few examples.
     """
-    fasttext = need("fasttext", "training a fastText classifier")
     examples = [dict.fromkeys(one_line(text).strip() for text in side) for side in (positives, negatives)]
     both = examples[0].keys() & examples[1].keys()
     sides = [[text for text in side if text and text not in both] for side in examples]
@@ -49,26 +50,19 @@ def train_classifier(positives: list[str], negatives: list[str], config: FastTex
     rows = [f"{label} {text}\n" for label, side in zip((WANTED, UNWANTED), drawn, strict=True) for text in side]
     np.random.default_rng(config.seed).shuffle(rows)
     path.write_text("".join(rows), encoding="utf-8", errors="replace")
+    arguments = {"input": str(path), "epoch": config.epochs, "lr": config.lr, "wordNgrams": config.word_ngrams, "dim": config.dim, "bucket": config.buckets,
+                 "minCount": config.min_count, "thread": 1, "seed": config.seed, "verbose": 0}  # fmt: skip
     try:
-        model = fasttext.train_supervised(
-            str(path), epoch=config.epochs, lr=config.lr, wordNgrams=config.word_ngrams, dim=config.dim, bucket=config.buckets,
-            minCount=config.min_count, thread=1, seed=config.seed, verbose=0,
-        )  # fmt: skip
-        _save(model, folder / MODEL)
-        unseen = [[text for text, out in zip(side, mask, strict=True) if out] for side, mask in zip(sides, held, strict=True)]
-        findings = {"examples_of_each_class": size, **_held_to(model, unseen)}
-        if config.quantise:
-            model.quantize(input=str(path), retrain=False, qnorm=True)
-            _save(model, folder / QUANTISED)
-            small = _held_to(load_fasttext(str(folder / QUANTISED), "the quantised model"), unseen)
-            findings["quantised"] = {
-                "megabytes": (folder / QUANTISED).stat().st_size / 1e6,
-                **{k: small[k] for k in ("roc_auc",) if k in small},
-            }
-    except RuntimeError as error:
-        raise UserError(f"fastText refuses to learn this: {error}. Look at learning rate (lr) and examples.") from error
+        with contextlib.ExitStack() as stack:
+            small = str(stack.enter_context(atomic_path(folder / QUANTISED))) if config.quantise else None
+            train_in_process(arguments, str(stack.enter_context(atomic_path(folder / MODEL))), small)
     finally:
         path.unlink(missing_ok=True)
+    unseen = [[text for text, out in zip(side, mask, strict=True) if out] for side, mask in zip(sides, held, strict=True)]
+    findings = {"examples_of_each_class": size, **_held_to(load_fasttext(str(folder / MODEL), "the model"), unseen)}
+    if config.quantise:
+        told = _held_to(load_fasttext(str(folder / QUANTISED), "the quantised model"), unseen)
+        findings["quantised"] = {"megabytes": (folder / QUANTISED).stat().st_size / 1e6, "roc_auc": told.get("roc_auc")}
     return findings
 
 
@@ -104,8 +98,3 @@ def _held_to(model: Any, unseen: list[list[str]]) -> dict[str, Any]:
 
 def _draw(text: str, seed: int) -> float:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed) / 2**64
-
-
-def _save(model: Any, path: Path) -> None:
-    with atomic_path(path) as partial:
-        model.save_model(str(partial))

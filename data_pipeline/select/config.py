@@ -38,7 +38,7 @@ class FastTextTraining(Settings):
     lr: Annotated[float, Field(gt=0)] = 0.1
     word_ngrams: Count = 2
     dim: Count = 100
-    buckets: Annotated[int, Field(ge=1)] = 2_000_000
+    buckets: Annotated[int, Field(ge=1024)] = 2_000_000
     min_count: Count = 1
     quantise: bool = False  # write a small copy of the model as well (.ftz)
     heldout: Fraction = 0.1  # of the examples, which the classifier is held to

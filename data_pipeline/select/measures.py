@@ -49,7 +49,7 @@ def fit_platt(probabilities: np.ndarray, wanted: np.ndarray) -> tuple[float, flo
     positives, negatives = int(wanted.sum()), int((~wanted).sum())
     target = np.where(wanted, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     x = np.stack([_log_odds(probabilities), np.ones(len(probabilities))])
-    at = np.array([1.0, 0.0])
+    at = np.zeros(2)
     for _ in range(50):
         p = 1 / (1 + np.exp(-at @ x))
         step = np.linalg.solve((x * (p * (1 - p))) @ x.T + 1e-6 * np.eye(2), x @ (p - target))
