@@ -20,7 +20,8 @@ class Scored(NamedTuple):
 
     nats: np.ndarray  # float64 [n], NaN where nothing was predicted
     characters: np.ndarray  # int64 [n]
-    tokens: np.ndarray  # int64 [n]
+    tokens: np.ndarray  # int64 [n]: that were predicted
+    run: np.ndarray  # int64 [n]: that went through the model, those that were context again among them
 
 
 class LossModel:
@@ -39,7 +40,6 @@ class LossModel:
     def __init__(self, path: str, config: Losses, key: str) -> None:
         self.path, self.config, self.key = path, config, key
         self.mark = model_mark(path)
-        self.tokens_run = 0  # through the model, context and padding included
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -67,7 +67,8 @@ class LossModel:
     def _where(self) -> str:
         return f"{self.key} = {self.path}{'' if Path(self.path).is_dir() else ' (no folder of this name is here)'}"
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Have the model in memory."""
         if self._model is not None:
             return
         transformers = need("transformers", "taking models' losses on documents")
@@ -89,26 +90,22 @@ class LossModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    @property
-    def flops(self) -> float:
-        """Spent so far: two for each parameter and token."""
-        return 2.0 * self.parameters * self.tokens_run if self.tokens_run else 0.0
-
     @torch.no_grad()
     def score(self, texts: list[str]) -> Scored:
         """The losses of documents."""
-        self._load()
+        self.load()
         coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         ids = [([] if first is None else [first]) + tokens for tokens in coded["input_ids"]]
         skipped = [0 if first is not None or not offsets else offsets[0][1] for offsets in coded["offset_mapping"]]
         characters = np.array([len(text) - gone for text, gone in zip(texts, skipped, strict=True)], np.int64)
         tokens = np.array([max(len(one) - 1, 0) for one in ids], np.int64)
-        nats = np.zeros(len(texts))
+        nats, run = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
         for batch in self._batches(ids):
-            for (document, _), loss in zip(batch, self._losses(batch, ids), strict=True):
+            for (document, w), loss in zip(batch, self._losses(batch, ids), strict=True):
                 nats[document] += loss
-        return Scored(np.where((tokens > 0) & (characters > 0), nats, np.nan), characters, tokens)
+                run[document] += w.stop - w.begin
+        return Scored(np.where((tokens > 0) & (characters > 0), nats, np.nan), characters, tokens, run)
 
     def _batches(self, ids: list[list[int]]) -> list[list[tuple[int, Window]]]:
         """Windows of like lengths together, the longest first: hardly any padding, and memory runs out at once or never."""
@@ -138,7 +135,6 @@ class LossModel:
         logits = self._model(input_ids=rows, use_cache=False, **more).logits
         if not self._keeps:
             logits = logits[:, begin : longest - 1]
-        self.tokens_run += rows.numel()
         sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
         step = max(1, _LOGITS // (len(batch) * logits.shape[-1]))
         for at in range(0, logits.shape[1], step):

@@ -14,10 +14,14 @@ from regrowth.files import fingerprint
 
 _TABLE = """
 create table if not exists losses (
-    model text not null, document blob not null, nats real, characters integer not null, tokens integer not null, primary key (model, document)
+    model text not null, document blob not null, nats real, characters integer not null, tokens integer not null, run integer not null,
+    primary key (model, document)
 ) without rowid
 """
+_SIZES = "create table if not exists sizes (model text primary key, parameters integer not null) without rowid"
 _KEPT_CHARACTERS = 1 << 18  # of documents that are scored before their losses are written: what a kill may cost
+
+_KINDS = (np.float64, np.int64, np.int64, np.int64)
 
 Tell = Callable[[str, float, float], None]  # what is being done, how much is done, of how much
 
@@ -28,6 +32,7 @@ class DocumentLosses(NamedTuple):
     nats: np.ndarray  # float64 [models, n], NaN where there is none
     characters: np.ndarray  # int64 [models, n]: that were predicted
     tokens: np.ndarray  # int64 [models, n]
+    run: np.ndarray  # int64 [models, n]: tokens that went through the model
 
     @property
     def bits_per_character(self) -> np.ndarray:
@@ -50,8 +55,9 @@ class LossStore:
     def __init__(self, models: list[tuple[str, str]], config: Losses) -> None:
         self.config = config
         self.models = [LossModel(path, config, key) for key, path in models]
-        self.file = SqliteFile(config.cache, "a cache of losses", "losses.cache", (_TABLE,), 1)
+        self.file = SqliteFile(config.cache, "a cache of losses", "losses.cache", (_TABLE, _SIZES), 1)
         self.counts: Counter[str] = Counter()
+        self.flops = 0.0  # that the losses cost which were asked for, whoever took them: two for each parameter and token
         self._held: list[LossModel] = []
 
     def losses(self, texts: list[str], hashes: list[bytes], tell: Tell = lambda *_: None) -> DocumentLosses:
@@ -60,11 +66,21 @@ class LossStore:
         Raises:
             UserError: a model says NaN of every document that it was shown.
         """
-        out = DocumentLosses(*(np.zeros((len(self.models), len(texts)), kind) for kind in (np.float64, np.int64, np.int64)))
+        out = DocumentLosses(*(np.zeros((len(self.models), len(texts)), kind) for kind in _KINDS))
         for row, model in enumerate(self.models):
             for values, column in zip(self._of_model(model, texts, hashes, tell), out, strict=True):
                 column[row] = values
+            if len(texts):
+                self.flops += 2.0 * self._parameters(model) * float(out.run[row].sum())
         return out
+
+    def _parameters(self, model: LossModel) -> int:
+        with self.file.told():
+            found = self.file.connection.execute("select parameters from sizes where model = ?", [model.mark]).fetchone()
+        if found is None:
+            self._with_room(model).load()
+            return model.parameters
+        return found[0]
 
     def _of_model(self, model: LossModel, texts: list[str], hashes: list[bytes], tell: Tell) -> DocumentLosses:
         name = fingerprint([model.mark, self.config.window, self.config.stride, self.config.dtype])
@@ -82,11 +98,12 @@ class LossStore:
                 size += len(texts[some[-1]])
             scored = self._with_room(model).score([texts[place] for place in some])
             rows = [
-                (name, hashes[place], nats if np.isfinite(nats) else None, characters, tokens)
-                for place, nats, characters, tokens in zip(some, *(column.tolist() for column in scored), strict=True)
+                (name, hashes[place], nats if np.isfinite(nats) else None, *counts)
+                for place, nats, *counts in zip(some, *(column.tolist() for column in scored), strict=True)
             ]
             with self.file.transaction() as connection:
-                connection.executemany("insert or replace into losses values (?, ?, ?, ?, ?)", rows)
+                connection.executemany("insert or replace into losses values (?, ?, ?, ?, ?, ?)", rows)
+                connection.execute("insert or replace into sizes values (?, ?)", (model.mark, model.parameters))
             found |= {key: values for _, key, *values in rows}
             self.counts["model tokens"] += int(scored.tokens.sum())
             self.counts["characters scored"] += int(scored.characters.sum())
@@ -99,7 +116,7 @@ class LossStore:
             )
         return DocumentLosses(*(
             np.array([found[key][place] if found[key][place] is not None else np.nan for key in hashes], kind)
-            for place, kind in enumerate((np.float64, np.int64, np.int64))
+            for place, kind in enumerate(_KINDS)
         ))  # fmt: skip
 
     def _find(self, name: str, hashes: list[bytes]) -> dict[bytes, list[float]]:
@@ -108,7 +125,7 @@ class LossStore:
             for begin in range(0, len(hashes), 500):
                 some = hashes[begin : begin + 500]
                 marks = ",".join("?" * len(some))
-                query = f"select document, nats, characters, tokens from losses where model = ? and document in ({marks})"
+                query = f"select document, nats, characters, tokens, run from losses where model = ? and document in ({marks})"
                 found |= {key: values for key, *values in self.file.connection.execute(query, [name, *some])}
         return found
 
@@ -119,11 +136,6 @@ class LossStore:
             while self.config.at_once is not None and len(self._held) > self.config.at_once:
                 self._held.pop(0).close()
         return model
-
-    @property
-    def flops(self) -> float:
-        """Spent on losses that were not there."""
-        return sum(model.flops for model in self.models)
 
     def close(self) -> None:
         """Free the models and the file."""

@@ -109,7 +109,8 @@ def test_losses_are_taken_once_whoever_asks(model: Path, tmp_path: Path) -> None
     assert first.counts["model tokens"] == losses.tokens.sum() > 0
     second = LossStore([("model", str(model))], settings_at(tmp_path))
     again = second.losses(TEXTS[::-1], hashes[::-1])
-    assert not second.counts and second.models[0].tokens_run == 0
+    assert not second.counts and second.models[0]._model is None
+    assert second.flops == first.flops > 2 * losses.tokens.sum(), "what is cached is not free"
     np.testing.assert_array_equal(again.nats[0, ::-1], losses.nats[0])
     assert not np.isnan(losses.bits_per_character[0, :9]).any()
     narrower = LossStore([("model", str(model))], settings_at(tmp_path, window=64, stride=32))
