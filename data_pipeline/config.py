@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from regrowth.data_pipeline.mixing.reweight import Reweight
 from regrowth.data_pipeline.source_config import Source
 from regrowth.data_pipeline.transform_config import (
     C4,
@@ -132,6 +133,7 @@ class LoaderConfig(Settings):
     ] = []  # sequences cut into shorter ones, as many more of them; the order and the tokens of a step stay
     packing: Literal["chunk", "best_fit", "fixed"] = "chunk"  # data_pipeline/packing.py says what each wastes
     prefetch: Annotated[int, Field(ge=0)] = 2  # steps whose batches are built ahead, in a thread; 0: none
+    reweight: Reweight | None = None  # topics weigh in the loss by how hard they are (ToReMi); None: all weigh alike
     damaged: Literal["stop", "skip"] = (
         "stop"  # what to do with a block that does not match its hash: end the run, or train on without its tokens
     )

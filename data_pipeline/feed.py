@@ -70,5 +70,5 @@ class Feed(Generic[Prepared]):
 
     def _build(self, step: int, ids: list[int]) -> Prepared:
         share = len(ids) // self.ranks
-        batch = self.loader.build(ids[self.rank * share : (self.rank + 1) * share])
+        batch = self.loader.build(ids[self.rank * share : (self.rank + 1) * share], step)
         return self.prepare(batch.cut(self.loader.config.length_at(step)))

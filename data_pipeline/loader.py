@@ -17,6 +17,7 @@ from regrowth.data_pipeline.mixing.build import build_mixer
 from regrowth.data_pipeline.mixing.config import Mixing
 from regrowth.data_pipeline.mixing.decisions import Script
 from regrowth.data_pipeline.mixing.limits import units_left
+from regrowth.data_pipeline.mixing.reweight import TopicWeights
 from regrowth.data_pipeline.packing import blank
 from regrowth.data_pipeline.reader import Cursor, Damage, DomainReader
 from regrowth.errors import Exhausted, UserError
@@ -52,6 +53,7 @@ class Loader:
         ]
         self.cursors = [Cursor() for _ in self.domains]
         self.script = Script.open(mixing.replay_log, self.segment()) if mixing.replay_log else None
+        self.topics = TopicWeights(config.reweight, self.domains, config.update_delay, steps) if config.reweight else None
         self._before: dict[int, list[list[int]]] = {}  # the cursors as they were before each step that is not done yet
 
     def check_enough(self) -> None:
@@ -70,7 +72,9 @@ class Loader:
                             f"(loader.corpora), or set run.steps = {can:.0f}.")  # fmt: skip
 
     def may_plan(self, step: int) -> bool:
-        """Whether a step can be planned already: not before the losses are there that its draw has to see."""
+        """Whether a step can be planned already: not before the losses are there that its draw, and its weights, have to see."""
+        if self.topics and not self.topics.may_build(step):
+            return False
         return self.script is not None or self.mixer.may_draw(step)
 
     def plan_step(self, step: int) -> list[int]:
@@ -91,13 +95,20 @@ class Loader:
             drawn = self.mixer.draw(step, self._room())
         return [s for domain in drawn for s in self.readers[domain].take(self.cursors[domain], self.config.unit_sequences)]
 
-    def build(self, sample_ids: list[int]) -> Batch:
-        """The Batch of these sequences, in this order."""
-        return assemble(self.readers, sample_ids, self.config.sequence_length)
+    def build(self, sample_ids: list[int], step: int = 0) -> Batch:
+        """The Batch of these sequences of a step, in this order."""
+        batch = assemble(self.readers, sample_ids, self.config.sequence_length)
+        if self.topics:
+            np.multiply(batch.loss_weight, self.topics.domains(step)[batch.domain][:, None], out=batch.loss_weight)
+        return batch
 
     def observe(self, step: int, losses: dict[int, float]) -> dict[str, Any]:
         """Take the mean loss of each domain of a step; returns the step's row of the decision log."""
-        return {**self.mixer.observe(step, losses), "cursors": self._before.pop(step)}
+        row = {**self.mixer.observe(step, losses), "cursors": self._before.pop(step)}
+        if self.topics:
+            row["topic_weights"] = self.topics.topics(step)
+            self.topics.observe(step, losses, np.bincount(row["draws"], minlength=len(self.domains)))
+        return row
 
     def cursors_before(self, step: int) -> list[Cursor]:
         """Where reading stands before a step, whatever was planned ahead."""
@@ -118,7 +129,8 @@ class Loader:
     def state_dict(self, next_step: int | None = None) -> dict[str, Any]:
         """JSON-able state before `next_step` (None: nothing was planned ahead). Nothing in it depends on ranks."""
         cursors = self.cursors if next_step is None else self.cursors_before(next_step)
-        return {"identity": self._identity(), "cursors": [asdict(c) for c in cursors], "mixer": self.mixer.state_dict(next_step)}
+        state = {"identity": self._identity(), "cursors": [asdict(c) for c in cursors], "mixer": self.mixer.state_dict(next_step)}
+        return {**state, "topics": self.topics.state_dict()} if self.topics else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Domains may have joined since (they begin at their beginning) or left.
@@ -142,6 +154,8 @@ class Loader:
         cursors = dict(zip(known, state["cursors"], strict=True))
         self.cursors = [Cursor(**cursors[d]) if d in cursors else Cursor() for d in self.domains]
         self.mixer.load_state_dict(state["mixer"])
+        if self.topics and "topics" in state:
+            self.topics.load_state_dict(state["topics"])
 
     def segment(self) -> dict[str, Any]:
         """What a stretch of the decision log is decided by: with it, the log can be recomputed."""

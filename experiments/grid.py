@@ -23,12 +23,15 @@ from rich.progress import track
 from regrowth.data_pipeline.prepare import prepare
 from regrowth.errors import UserError
 from regrowth.files import fingerprint, read_json, write_json
+from regrowth.launch.intervals import interval, spell
 from regrowth.launch.training import run_training
 from regrowth.pretrain.checkpoint import newest_whole
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 
 DATA = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+__all__ = ["interval", "spell"]  # for the experiments, which have them from here
 
 Curve = dict[str, dict[str, float]]  # by step: nats per token by domain
 Wanted = Sequence[tuple[str, int]]  # names and seeds, the most wanted first
@@ -185,21 +188,6 @@ def carry_out(
 def macro(losses: dict[str, float]) -> float:
     """Mean over domains of nats per token; its exponential is the macro perplexity."""
     return float(np.mean(list(losses.values())))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval (Student's t); infinite for a single value."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.inf
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(n, 2.0)
-    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def spell(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and interval of differences, for a table."""
-    mean, half = interval(values)
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:+.{digits}f}"
 
 
 def points(curve: Curve) -> list[tuple[int, float]]:

@@ -1,6 +1,10 @@
 """`data select train-family`: small models that differ in size or training, scored on a target, so that predictive strength can be had offline and for anything."""
 
 import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +21,7 @@ from regrowth.launch.many_runs import checkpoint_at, train_all
 from regrowth.launch.selection_config import Family, SelectionRecipe
 from regrowth.launch.training import tokenizer_of
 from regrowth.pretrain.config import RunConfig
+from regrowth.pretrain.run_folder import RunFolder
 from regrowth.settings import to_toml
 
 if TYPE_CHECKING:
@@ -43,9 +48,7 @@ def train_family(recipe: SelectionRecipe, pool: Pool, target: Pool | None, at_on
         flops += _flops(config)
         for step in family.steps or [None]:
             name = member.name if step is None else f"{member.name}-{step}"
-            models.append(
-                _scored(name, _exported(recipe.out / "family" / name, checkpoint_at(run, step), tokenizer_of(run), config), family, target)
-            )
+            models.append(_scored(name, _exported(recipe.out / "family" / name, checkpoint_at(run, step), run, config), family, target))
     seconds = sum(row["seconds"] for run in runs for row in run.rows("metrics"))
     write_json(recipe.out / "family" / "cost.json", {"flops": flops, "seconds": seconds})
     listed = ModelSet(higher_is_better=bool(family.choices), models=models)
@@ -74,18 +77,28 @@ def _flops(config: RunConfig) -> float:
     return float(tokens) * config.model.train_flops_per_token(config.loader.sequence_length)
 
 
-def _exported(folder: Path, checkpoint: Path, tokenizer: object, config: RunConfig) -> Path:
+def _exported(folder: Path, checkpoint: Path, run: RunFolder, config: RunConfig) -> Path:
     from regrowth.pretrain.checkpoint import identity_of
-    from regrowth.pretrain.convert import export_hf
 
     mark = folder / "exported.json"
     identity = identity_of(checkpoint)
     if mark.exists() and read_json(mark)["checkpoint"] != identity:
         raise UserError(f"{folder}: exported from another checkpoint. Remove it; it is made again.")
     if not mark.exists():
-        export_hf(checkpoint, folder, tokenizer, config.loader.sequence_length)  # pyright: ignore[reportArgumentType]
+        with exported(checkpoint, run, config) as made:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
         write_json(mark, {"checkpoint": identity})
     return folder
+
+
+@contextmanager
+def exported(checkpoint: Path, run: RunFolder, config: RunConfig) -> Iterator[Path]:
+    """A checkpoint as a folder of transformers, for as long as it is looked at."""
+    from regrowth.pretrain.convert import export_hf
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(checkpoint, Path(folder) / "hf", tokenizer_of(run), config.loader.sequence_length)
+        yield Path(folder) / "hf"
 
 
 def _scored(name: str, path: Path, family: Family, target: Pool | None) -> ScoredModel:

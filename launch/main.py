@@ -16,6 +16,7 @@ from regrowth.errors import RegrowthError
 from regrowth.launch.arguments import BudgetTokens, Config, DryRun, Overrides
 from regrowth.launch.launch_commands import launch_app
 from regrowth.launch.letter import tell
+from regrowth.launch.select_commands import select_app
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -43,6 +44,7 @@ grow_app = typer.Typer(
 )
 lineage_app = typer.Typer(cls=with_default("show"), help="Where a checkpoint comes from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+data_app.add_typer(select_app, name="select")
 app.add_typer(mix_app, name="mix")
 app.add_typer(launch_app, name="launch")
 app.add_typer(grow_app, name="grow")

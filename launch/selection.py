@@ -75,10 +75,8 @@ def _resolved(recipe: SelectionRecipe, config: Any) -> Any:
 def needs_family(config: Any, recipe: SelectionRecipe) -> bool:
     """Whether a selector is made of the family's models."""
     paths = [str(getattr(config, key)) for key in config.models]
-    return (
-        (config.kind == "preselect"
-        and str(config.models_file) in ("family", str(recipe.family_models())))
-        or any(path.startswith((_FAMILY, str((recipe.out / "family").resolve()))) for path in paths)
+    return (config.kind == "preselect" and str(config.models_file) in ("family", str(recipe.family_models()))) or any(
+        path.startswith((_FAMILY, str((recipe.out / "family").resolve()))) for path in paths
     )
 
 

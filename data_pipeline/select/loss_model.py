@@ -73,6 +73,7 @@ class LossModel:
             return
         transformers = need("transformers", "taking models' losses on documents")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.config.device == "auto" else self.config.device
+        transformers.utils.logging.disable_progress_bar()  # of a moment's loading, in the midst of ours
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.config.dtype))
             self._model = model.to(device).eval()

@@ -51,11 +51,19 @@ class Pool:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All training documents, with their content hashes."""
+        return self._side(held_out=False)
+
+    def heldout(self) -> Iterator[pa.RecordBatch]:
+        """All documents that are held out."""
+        return self._side(held_out=True)
+
+    def _side(self, held_out: bool) -> Iterator[pa.RecordBatch]:
         fraction = self.pipeline.config.heldout_fraction
         for part in self.pipeline.parts.present():
             for batch in self.pipeline.parts.kept(part):
                 held = heldout_mask(split_hashes(batch, content_hashes_of(batch)), fraction)
-                yield batch.filter(pa.array(~held)) if held.any() else batch
+                wanted = held == held_out
+                yield batch if wanted.all() else batch.filter(pa.array(wanted))
 
     def sample(self, documents: int, seed: int, per: str = "corpus", groups: int | None = None) -> Sample:
         """So many documents of each group, drawn by their content: the same ones wherever and in what order they lie.
