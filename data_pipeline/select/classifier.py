@@ -1,7 +1,6 @@
 """A fastText classifier of two classes: trained, held to examples it has not seen, written with what was found."""
 
 import contextlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from regrowth.files import atomic_path
 WANTED, UNWANTED = "__label__1", "__label__0"
 MODEL, QUANTISED = "model.bin", "model.ftz"
 _LEAST = 8  # examples of each class
-_LABEL = re.compile("__label__")
+_BREAKS = str.maketrans("\n\r\0", "   ")
 _BATCH = 1000
 
 
 def one_line(text: str) -> str:
     """A document as fastText reads it: on one line, and nothing in it that would be taken for a label."""
-    return _LABEL.sub("__label_ _", text.replace("\n", " ").replace("\r", " ").replace("\0", " "))
+    text = text.translate(_BREAKS) if "\r" in text or "\0" in text else text.replace("\n", " ")
+    return text.replace("__label__", "__label_ _") if "__label__" in text else text
 
 
 def train_classifier(positives: list[str], negatives: list[str], config: FastTextTraining, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Losses(Settings):
 
     window: Annotated[int, Field(ge=2)] = 1900  # tokens; less where a model's context is shorter
     stride: Count = 512
-    batch_tokens: Count = 8192  # of a forward pass, padding included
+    batch_tokens: Count | None = None  # of a forward pass, padding included; None: by the device
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     at_once: Count | None = None  # models that are held in memory; None: all

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.phases.curate import load, save
 from regrowth.data_pipeline.select.classifier import MODEL, one_line, probabilities, train_classifier
 from regrowth.data_pipeline.select.config import Classifier, FastTextTraining, Regression
@@ -21,6 +22,7 @@ from regrowth.errors import UserError
 if TYPE_CHECKING:
     from regrowth.data_pipeline.rephrase.similarity import SimilarityCheck
 
+_WORD = 6  # characters, with the space behind it
 _LEAST = 16  # labelled documents of a regression
 
 
@@ -28,6 +30,7 @@ class _ByFastText(Selector):
     """Base of those that end in a fastText classifier; `_training` says how it is trained."""
 
     _model: Any = None
+    _trained = 0  # characters
 
     @property
     def _training(self) -> FastTextTraining:
@@ -35,16 +38,20 @@ class _ByFastText(Selector):
 
     def learn(self, positives: list[str], negatives: list[str]) -> dict[str, Any]:
         """Train the classifier."""
-        self._trained = (len(positives) + len(negatives), sum(map(len, positives)) + sum(map(len, negatives)))
+        self._trained = sum(map(len, positives)) + sum(map(len, negatives))
         return train_classifier(positives, negatives, self._training, self.folder)
+
+    def warm(self) -> None:
+        """Load the classifier."""
+        if self._model is None:
+            self._model = load_fasttext(str(self.folder / MODEL), "selector.path")
 
     def score(self, batch: pa.RecordBatch) -> np.ndarray:
         """The probability of the wanted class."""
-        if self._model is None:
-            self._model = load_fasttext(str(self.folder / MODEL), "selector.path")
-        texts = [one_line(text) for text in batch.column("text").to_pylist()]
-        self.counts["words"] += sum(text.count(" ") + 1 for text in texts)
-        found = probabilities(self._model, texts)
+        self.warm()
+        texts = batch.column("text")
+        self.counts["characters"] += pc.sum(pc.utf8_length(texts)).as_py() or 0
+        found = probabilities(self._model, [one_line(text) for text in texts.to_pylist()])
         if self._training.calibrate:
             found = platt(found, *self.describe()["findings"].get("platt", (1.0, 0.0)))
         return found
@@ -52,11 +59,8 @@ class _ByFastText(Selector):
     @property
     def flops(self) -> float:
         """About: each unigram and n-gram is a vector that is added up; in training it is changed as well."""
-        per_feature = 2.0 * self._training.dim * self._training.word_ngrams
-        trained = self._trained[1] / 6 * self._training.epochs * 2 if hasattr(self, "_trained") else 0.0  # six characters a word
-        return per_feature * (trained + self.counts["words"])
-
-    _trained: tuple[int, int] = (0, 0)
+        per_character = 2.0 * self._training.dim * self._training.word_ngrams / _WORD
+        return per_character * (2 * self._training.epochs * self._trained + self.counts["characters"])
 
     def close(self) -> None:
         """Free the classifier."""

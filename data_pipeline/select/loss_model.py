@@ -12,7 +12,9 @@ from regrowth.data_pipeline.select.windows import Window, windows
 from regrowth.errors import UserError, need
 from regrowth.files import fingerprint
 
-_LOGITS = 1 << 26  # numbers that are turned into losses at once
+# Numbers that are turned into losses at once, and tokens of a forward pass: as many as keep a GPU busy; as few as stay in a processor's cache.
+_LOGITS_AT_ONCE, _LOGITS_IN_CACHE = 1 << 26, 1 << 18
+_TOKENS_AT_ONCE, _TOKENS_IN_CACHE = 1 << 15, 1 << 11
 
 
 class Scored(NamedTuple):
@@ -83,7 +85,10 @@ class LossModel:
         context = getattr(self._model.config, "max_position_embeddings", None) or self.config.window
         self.window = min(self.config.window, context)
         self.stride = min(self.config.stride, max(1, self.window - 1))
-        self._keeps = "logits_to_keep" in self._model.forward.__code__.co_varnames
+        self._vocabulary_size = self._model.config.get_text_config().vocab_size
+        self.batch_tokens = self.config.batch_tokens or (_TOKENS_AT_ONCE if self._model.device.type == "cuda" else _TOKENS_IN_CACHE)
+        with torch.no_grad():
+            self._split = self._heads_alone()
 
     def close(self) -> None:
         """Free the model; it is loaded again when it is needed."""
@@ -114,7 +119,7 @@ class LossModel:
         every.sort(key=lambda pair: (pair[1].begin - pair[1].stop, pair[1].begin - pair[1].scored))
         batches: list[list[tuple[int, Window]]] = []
         for pair in every:
-            if batches and (len(batches[-1]) + 1) * (batches[-1][0][1].stop - batches[-1][0][1].begin) <= self.config.batch_tokens:
+            if batches and (len(batches[-1]) + 1) * (batches[-1][0][1].stop - batches[-1][0][1].begin) <= self.batch_tokens:
                 batches[-1].append(pair)
             else:
                 batches.append([pair])
@@ -129,17 +134,29 @@ class LossModel:
             its = torch.tensor(ids[document][w.begin : w.stop])
             rows[row, : len(its)] = its
             labels[row, w.scored - w.begin - 1 : len(its) - 1] = its[w.scored - w.begin :]
-        begin = min(w.scored - w.begin for _, w in batch) - 1
-        device = self._model.device
-        rows, labels = rows.to(device), labels[:, begin:].to(device)
-        more = {"logits_to_keep": torch.arange(begin, longest - 1, device=device)} if self._keeps else {}
-        logits = self._model(input_ids=rows, use_cache=False, **more).logits
-        if not self._keeps:
-            logits = logits[:, begin : longest - 1]
-        sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
-        step = max(1, _LOGITS // (len(batch) * logits.shape[-1]))
-        for at in range(0, logits.shape[1], step):
-            piece, its = logits[:, at : at + step].float(), labels[:, at : at + step]
-            losses = torch.nn.functional.cross_entropy(piece.transpose(1, 2), its, ignore_index=-100, reduction="none")
-            sums += losses.double().sum(1)
-        return sums.tolist()
+        rows, labels = rows.to(self._model.device), labels.to(self._model.device)
+        where = labels >= 0
+        wanted = labels[where]
+        losses = torch.empty(len(wanted), dtype=torch.float64, device=rows.device)
+        if self._split:
+            states = self._model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1][where]
+        else:
+            states = self._model(input_ids=rows, use_cache=False).logits[:, :-1][where]
+        # A few at a time, so that their logits stay in the processor's cache.
+        step = max(1, (_LOGITS_AT_ONCE if rows.device.type == "cuda" else _LOGITS_IN_CACHE) // self._vocabulary_size)
+        for at in range(0, len(wanted), step):
+            logits = self._model.get_output_embeddings()(states[at : at + step]) if self._split else states[at : at + step]
+            losses[at : at + step] = torch.nn.functional.cross_entropy(logits.float(), wanted[at : at + step], reduction="none").double()
+        of = where.nonzero()[:, 0]
+        return torch.zeros(len(batch), dtype=torch.float64, device=rows.device).index_add_(0, of, losses).tolist()
+
+    def _heads_alone(self) -> bool:
+        """Whether last states times the output embeddings are the model's own logits; some models scale or bound them."""
+        probe = torch.arange(8, device=self._model.device)[None] % self._vocabulary_size
+        try:
+            states = self._model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+            apart = self._model.get_output_embeddings()(states)
+        except (AttributeError, TypeError):
+            return False
+        own = self._model(input_ids=probe, use_cache=False).logits
+        return apart.shape == own.shape and bool(torch.equal(apart, own))

@@ -52,6 +52,9 @@ class Selector(ABC):
     def score(self, batch: pa.RecordBatch) -> np.ndarray:
         """float [n]: of each document, the greater the better; NaN of those that it can say nothing of."""
 
+    def warm(self) -> None:  # noqa: B027 - models that may not be needed, because all is cached, are loaded late
+        """Load what scoring needs in any case, so that what is wrong with it is found at once."""
+
     @property
     def flops(self) -> float:
         """Floating-point operations that this object has spent, as near as can be told."""

@@ -23,6 +23,7 @@ class SelectorScorer(_Scorer):
     def __init__(self, config: SelectorScore) -> None:
         self.score_name = config.name or config.path.name
         self._selector = load_selector(config.path, "data.transforms.path")
+        self._selector.warm()
 
     def __call__(self, batch: pa.RecordBatch) -> Parted:
         before = self._selector.flops

@@ -43,20 +43,20 @@ losses = {{cache = "{folder}/losses.sqlite", device = "cpu"}}
 training = {{buckets = 20000, dim = 16, lr = 0.5, epochs = 10}}
 [selectors.miniplm]
 kind = "difference"
-teacher = "family/model-6"
-reference = "family/model-3"
+teacher = "family/model-20"
+reference = "family/model-10"
 losses = {{cache = "{folder}/losses.sqlite", device = "cpu"}}
 [training]
-run = {{steps = 6, threads = 1, device = "cpu"}}
+run = {{steps = 20, threads = 1, device = "cpu"}}
 loader = {{sequence_length = 64, global_batch = 8, unit_sequences = 2}}
 model = {{vocabulary = 384, width = 32, layers = 2, heads = 4, kv_heads = 2, head_dim = 8, ffn_width = 64}}
 optimizer = {{lr = 0.01}}
 schedule = {{warmup_steps = 2}}
 parallel = {{micro_batch = 4}}
-checkpoint = {{every = 6, keep = 1}}
-evaluation = {{every = 6, final_sequences_per_domain = 4}}
+checkpoint = {{every = 20, keep = 1}}
+evaluation = {{every = 20, final_sequences_per_domain = 4}}
 [family]
-steps = [3, 6]
+steps = [10, 20]
 documents = 20
 [compare]
 fraction = 0.3
@@ -117,7 +117,7 @@ def test_what_a_recipe_lacks_is_said(recipe: Path, capsys: pytest.CaptureFixture
         (["compare", recipe, "training.model.widht=3"], 'unknown key "model.widht"; did you mean "width"?'),
         (["fit", recipe, "selectors.dclm.kind=clasifier"], 'did you mean "classifier"?'),
         (["train-family", recipe, "family.steps=[3]"], "one model has no order"),
-        (["train-family", recipe, "family.steps=[3,9]"], "9 is past the end of model's run"),
+        (["train-family", recipe, "family.steps=[3,90]"], "90 is past the end of model's run"),
         (["describe", recipe.parent], "no fitted selector is here"),
     ):
         code, told = call(capsys, monkeypatch, "data", "select", *command)
