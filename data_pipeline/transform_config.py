@@ -306,11 +306,12 @@ class LineDedup(TransformSettings):
 
 
 class SelectorScore(TransformSettings):
-    """Score documents with a fitted selector (`regrowth data select fit`)."""
+    """Score documents with a fitted selector (`regrowth data select fit`); with a threshold, drop those below."""
 
     kind: Literal["selector"]
     path: Path  # the selector's folder
     name: PlainName | None = None  # the score's name; None: the folder's
+    min_score: float | None = None  # drop documents below, and those without a score
 
 
 class Strength(TransformSettings):

@@ -174,7 +174,7 @@ def _judged(recipe: SelectionRecipe, run: RunFolder, config: RunConfig, held: li
     if path.exists() and (there := read_json(path))["mark"] == mark:
         return there["measured"]
     with exported(checkpoint, run, config) as folder:
-        model = LossModel(str(folder), Losses(device="cpu"), config.run.name)
+        model = LossModel(str(folder), Losses(), config.run.name)
         measured: dict[str, Any] = {}
         if held:
             scored = model.score(held)

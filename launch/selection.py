@@ -1,6 +1,7 @@
 """The `data select` commands: fit selectors, tell of them, train a family, compare."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,9 +183,9 @@ def strength(corpus: Path, groups: int, per: str) -> None:
             values.append(score_of(batch.column("scores"), STRENGTH, np.nan))
             names += groups_of(batch, per)
     means = group_means(np.concatenate(values or [np.zeros(0)]), names)
-    ranked = sorted(means, key=lambda name: (-means[name], name))
+    ranked, counts = sorted(means, key=lambda name: (-means[name], name)), Counter(names)
     shown = ranked if len(ranked) <= 2 * groups else [*ranked[:groups], "...", *ranked[-groups:]]
     table = Table(per, "mean predictive strength", "documents", title=str(corpus))
     for name in shown:
-        table.add_row(escape(name), f"{means[name]:.4f}" if name in means else "", f"{names.count(name):,}" if name in means else "")
+        table.add_row(escape(name), f"{means[name]:.4f}" if name in means else "", f"{counts[name]:,}" if name in means else "")
     Console().print(table)

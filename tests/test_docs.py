@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import tomli_w
 import torch
 
 from regrowth.settings import read_toml
+from tests.conftest import program, prose, write_jsonl
 from tests.data_pipeline.small_model import build
 from tests.launch.helpers import call, only_run, regrowth, write_config
 
@@ -36,7 +38,26 @@ def small_run(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder / "small.toml", only_run(folder).path
 
 
-SLOW_PAGES = ("parallel.md",)  # has a part of the conformance suite
+SLOW_PAGES = ("parallel.md", "selection.md")  # have a part of the conformance suite, and a comparison
+
+
+def small_selection(block: str, folder: Path) -> str:
+    """The page's selection on small data, with a small model."""
+    write_jsonl(folder / "my_documents" / "web.jsonl", [{"text": prose(n, 8 + n % 20) if n % 3 else program(n, 12)} for n in range(180)])
+    write_jsonl(folder / "wanted" / "code.jsonl", [{"text": program(5000 + n, 8)} for n in range(60)])
+    values = tomllib.loads(block)
+    values["data"] |= {"out": str(folder / "prepared"), "tokenizer": {"vocabulary": 384}, "heldout_fraction": 0.1}
+    values["target"] |= {"out": str(folder / "prepared")}
+    values["training"] |= {
+        "run": {"steps": 6, "threads": 1},
+        "loader": {"sequence_length": 64, "global_batch": 8, "unit_sequences": 2},
+        "model": {"vocabulary": 384, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_width": 64},
+        "parallel": {"micro_batch": 4},
+        "evaluation": {"final_sequences_per_domain": 2},
+    }
+    values["family"]["steps"], values["compare"]["seeds"] = [3, 6], 2
+    values["selectors"]["preselect"]["positive_share"] = 0.3
+    return tomli_w.dumps(values)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +79,8 @@ def test_the_commands_of_a_page_run(
             (tmp_path / "chain.toml").write_text(block)
         if "[linears]" in block:
             (tmp_path / "mine.toml").write_text(block)
+        if "[selectors.random]" in block:
+            (tmp_path / "my_selection.toml").write_text(small_selection(block, tmp_path))
     if page.name == "rephrasing.md":
         values = read_toml(config)
         (tmp_path / "short.toml").write_text('name = "short"\ntemplate = "{text}"\nmax_tokens = 8\n')
@@ -123,11 +146,11 @@ def test_every_benchmark_prints_its_ratios_in_its_short_form(program: Path) -> N
 
 
 def test_the_examples_of_config_in_the_docs_are_valid() -> None:
-    import tomllib
-
     from regrowth.data_pipeline.rephrase.prompts import Prompt
+    from regrowth.data_pipeline.select.config import ModelSet
     from regrowth.kernels.recipe import PrecisionRecipe
     from regrowth.launch.pipeline_config import PipelineConfig
+    from regrowth.launch.selection_config import SelectionRecipe
     from regrowth.pretrain.config import RunConfig
     from regrowth.pretrain.precision import expand
     from regrowth.settings import merge, validate
@@ -140,6 +163,10 @@ def test_the_examples_of_config_in_the_docs_are_valid() -> None:
                 validate(PipelineConfig, values, page.name)
             elif "linears" in values:
                 validate(PrecisionRecipe, expand(values), page.name)
+            elif "selectors" in values:
+                validate(SelectionRecipe, values, page.name)
+            elif "higher_is_better" in values:
+                validate(ModelSet, values, page.name)
             elif "template" in values:
                 validate(Prompt, values, page.name)
             else:

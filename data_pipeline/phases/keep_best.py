@@ -72,7 +72,8 @@ def score_keys(batch: pa.RecordBatch, hashes: np.ndarray, config: KeepBest, coun
     names = groups_of(batch, config.per)
     known = {name: xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass")) for name in set(names)}
     out["group"] = [known[name] for name in names]
-    out["score"] = 1 if config.score == "random" else ordered(score_of(batch.column("scores"), config.score, np.nan))
+    scores = score_of(batch.column("scores"), config.score, np.nan)
+    out["score"] = 1 if config.score == "random" and np.isnan(scores).all() else ordered(scores)
     out["tie"] = tie_of(hashes.view("<u8").reshape(-1, 2)[:, 1], config.seed)
     if config.documents is not None or config.of == "documents":
         out["weight"] = 1

@@ -7,7 +7,7 @@ from regrowth.data_pipeline.select.loss_store import LossStore
 from regrowth.data_pipeline.select.selector import load_selector
 from regrowth.data_pipeline.select.strength import load_models, predictive_strength
 from regrowth.data_pipeline.transform_config import SelectorScore, Strength
-from regrowth.data_pipeline.transforms.base import Parted, _Base, append_score, with_columns
+from regrowth.data_pipeline.transforms.base import Parted, Verdict, _Base, append_score, part, with_columns
 from regrowth.data_pipeline.transforms.hashing import content_hashes
 
 
@@ -16,12 +16,12 @@ class _Scorer(_Base):
 
 
 class SelectorScorer(_Scorer):
-    """Adds a score to each document; those that the selector can say nothing of get none. `counts` tells what it spent."""
+    """Adds a score to each document; those that the selector can say nothing of get none. With a threshold, drops with: low_NAME. `counts` tells what it spent."""
 
     name = "selector"
 
     def __init__(self, config: SelectorScore) -> None:
-        self.score_name = config.name or config.path.name
+        self.score_name, self._least = config.name or config.path.name, config.min_score
         self._selector = load_selector(config.path, "data.transforms.path")
         self._selector.warm()
 
@@ -31,7 +31,12 @@ class SelectorScorer(_Scorer):
         self.counts[f"{self.score_name}: megaflops"] += round((self._selector.flops - before) / 1e6)
         if unsaid := int(np.isnan(scores).sum()):
             self.counts[f"{self.score_name}: documents without a score"] += unsaid
-        return with_columns(batch, scores=append_score(batch.column("scores"), self.score_name, scores)), None
+        named = with_columns(batch, scores=append_score(batch.column("scores"), self.score_name, scores))
+        if self._least is None:
+            return named, None
+        verdict = Verdict.keep_all(len(batch))
+        verdict.drop(~(scores >= np.float32(self._least)), f"low_{self.score_name}")
+        return part(named, verdict, self.name, 3)
 
     def close(self) -> None:
         """Free its model."""

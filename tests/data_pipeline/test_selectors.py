@@ -303,8 +303,12 @@ def test_a_recipe_selects_with_a_fitted_selector(corpora: tuple[Pool, Pool], tmp
     ]
     assert len(kept) > 10 and all("code" in url for url in kept)
     assert pipeline.counts()["selector"]["code: megaflops"] >= 0
+    above = [{"kind": "normalise"}, {"kind": "selector", "path": str(tmp_path / "code"), "name": "p", "min_score": 0.5}]
+    config = DataConfig.model_validate({**source, "transforms": above, "name": "above", "out": str(tmp_path / "out")})
+    funnel = Pipeline.open(prepare(config).folder).funnel()
+    assert funnel["web", "selector", "low_p"][0] > 60 and funnel["web", "selector", ""][0] > 30
     (tmp_path / "code" / "selector.json").unlink()
-    with pytest.raises(UserError, match=r"data.transforms.2.path = .*: no fitted selector is here"):
+    with pytest.raises(UserError, match=r"data.transforms.1.path = .*: no fitted selector is here"):
         Pipeline.plan_of(config)
 
 
