@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.files import read_json
 from regrowth.launch.intervals import interval
 from tests.conftest import program, prose, write_jsonl
@@ -148,8 +149,14 @@ def test_a_comparison_is_made_and_gone_on_with_where_it_was_killed(recipe: Path)
         # Seven tenths of the pool are left out; a classifier's 30% are of about the size of anyone's.
         assert 0.2 < row["tokens"] / (outcomes["random"]["tokens"] / 0.3) < 0.45, name
     assert outcomes["random"]["share"] == 0 < outcomes["dclm"]["share"] < outcomes["miniplm"]["share"] < outcomes["preselect"]["share"]
-    mean = {name: sum(run["bits_per_byte"] for run in row["runs"].values()) for name, row in outcomes.items()}
-    assert mean["dclm"] < mean["random"], "programs teach programs"
+    for name, least in (("dclm", 0.95), ("random", 0.0)):
+        (corpus,) = (out / "corpora").glob(f"{name}-*/")
+        pipeline = Pipeline.open(corpus)
+        assert pipeline.phases
+        kept = [t for part in pipeline.parts.present() for batch in pipeline.parts.kept(part) for t in batch.column("text").to_pylist()]
+        assert least <= sum(text.startswith("def ") for text in kept) / len(kept) <= least + 0.6, (
+            f"{name}: programs are a third of the pool"
+        )
     assert "bits per byte" in told and "<svg" in (out / "comparison.html").read_text()
     again = regrowth("data", "select", "compare", recipe, "--table").stdout
     assert "dclm" in again
