@@ -16,7 +16,7 @@ from regrowth.data_pipeline.select.choices import accuracy, read_items
 from regrowth.data_pipeline.select.config import Losses, ModelSet, ScoredModel
 from regrowth.data_pipeline.select.pool import Pool
 from regrowth.errors import UserError
-from regrowth.files import read_json, write_json, write_text
+from regrowth.files import fingerprint, read_json, write_json, write_text
 from regrowth.launch.many_runs import checkpoint_at, train_all
 from regrowth.launch.selection_config import Family, SelectionRecipe
 from regrowth.launch.training import tokenizer_of
@@ -80,7 +80,7 @@ def _flops(config: RunConfig) -> float:
 def _exported(folder: Path, checkpoint: Path, run: RunFolder, config: RunConfig) -> Path:
     from regrowth.pretrain.checkpoint import identity_of
 
-    mark = folder / "exported.json"
+    mark = folder.with_name(f"{folder.name}.exported.json")  # not among the model's own files, by which it is known again
     identity = identity_of(checkpoint)
     if mark.exists() and read_json(mark)["checkpoint"] != identity:
         raise UserError(f"{folder}: exported from another checkpoint. Remove it; it is made again.")
@@ -102,12 +102,20 @@ def exported(checkpoint: Path, run: RunFolder, config: RunConfig) -> Iterator[Pa
 
 
 def _scored(name: str, path: Path, family: Family, target: Pool | None) -> ScoredModel:
+    """A model with its score, which is taken once."""
     from regrowth.data_pipeline.select.loss_model import LossModel
 
-    judge = LossModel(str(path.resolve()), Losses(), "family")
-    score = mean_accuracy(judge, family.choices, family.items) if family.choices else bits_per_character(judge, target, family.documents)
-    judge.close()
-    return ScoredModel(name=name, path=str(path.resolve()), scores={TARGET: round(score, 6)})
+    there, record = (path.with_name(f"{path.name}.{what}.json") for what in ("exported", "score"))
+    what = family.model_dump(mode="json", include={"documents", "choices", "items"})
+    mark = fingerprint([read_json(there), what, target.mark if target and not family.choices else None])
+    if not record.exists() or read_json(record)["mark"] != mark:
+        judge = LossModel(str(path.resolve()), Losses(), "family")
+        score = (
+            mean_accuracy(judge, family.choices, family.items) if family.choices else bits_per_character(judge, target, family.documents)
+        )
+        judge.close()
+        write_json(record, {"mark": mark, "score": round(score, 6)})
+    return ScoredModel(name=name, path=str(path.resolve()), scores={TARGET: read_json(record)["score"]})
 
 
 def mean_accuracy(judge: "LossModel", sets: list[Path], items: int) -> float:

@@ -87,7 +87,7 @@ def judge(recipe: SelectionRecipe, only: str, console: Console) -> list[Outcome]
             f'compare.baseline = {rules.baseline}: the recipe has no such selector; give it a section [selectors.{rules.baseline}] with kind = "random".'
         )
     pool, target = open_pools(recipe, console)
-    if any(needs_family(recipe.selectors[name], recipe) for name in chosen) and not recipe.family_models().exists():
+    if recipe.family and any(needs_family(recipe.selectors[name], recipe) for name in chosen):
         train_family(recipe, pool, target, rules.at_once, console)
     fit_all(recipe, chosen, pool, target, console)
     outcomes = [_subset(recipe, name, config, pool, console) for name, config in chosen.items()]
@@ -116,8 +116,9 @@ def _subset(recipe: SelectionRecipe, name: str, config: Any, pool: Pool, console
         best["tokenizer"] = base["tokenizer"]["path"]
     transforms = [*base["transforms"], {"kind": "selector", "path": str(folder), "name": name}, best]
     values = {**base, "out": str(recipe.out / "corpora"), "name": name, "folder": None, "transforms": transforms}
-    begin, clock = time.monotonic(), recipe.out / "corpora" / f"{name}.seconds.json"
+    begin = time.monotonic()
     corpus = prepare_with_progress(validate(DataConfig, values, f"selectors.{name}"), console)
+    clock = recipe.out / "corpora" / f"{corpus.folder.name}.seconds.json"
     if not clock.exists():
         write_json(clock, time.monotonic() - begin)
     record = read_json(folder / "selector.json")
@@ -170,7 +171,7 @@ def _judged(recipe: SelectionRecipe, run: RunFolder, config: RunConfig, held: li
 
     rules, checkpoint = recipe.compare, checkpoint_at(run, None)
     path = recipe.out / "judged" / f"{config.run.name}.json"
-    mark = fingerprint([identity_of(checkpoint), rules.model_dump(mode="json", include={"documents", "choices", "items"}), len(held)])
+    mark = fingerprint([identity_of(checkpoint), rules.model_dump(mode="json", include={"documents", "choices", "items"}), held])
     if path.exists() and (there := read_json(path))["mark"] == mark:
         return there["measured"]
     with exported(checkpoint, run, config) as folder:
