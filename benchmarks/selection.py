@@ -225,7 +225,7 @@ def take_losses(folder: Path, quick: bool, rounds: int) -> Table:
         "ratio",
         title=f"losses of a model on documents; medians of {rounds} rounds",
     )
-    documents = texts(0.05 if quick else 0.6)
+    documents = texts(0.05 if quick else 0.3)
     size = sum(map(len, documents))
     for width, layers in ((128, 4),) if quick else ((128, 4), (256, 6)):
         path = small_llama(folder / str(width), width, layers)

@@ -280,8 +280,8 @@ def _inputs(config: DataConfig) -> dict[str, str]:
         if isinstance(transform, SelectorScore):
             inputs[f"transforms.{number}.selector"] = read_record(transform.path, f"data.transforms.{number}.path")["mark"]
         if isinstance(transform, Strength):
-            for model in load_models(transform.models_file, transform.target)[0]:
-                inputs[f"transforms.{number}.models.{model.name}"] = model_mark(model.path)
+            for model, score in zip(*load_models(transform.models_file, transform.target), strict=True):
+                inputs[f"transforms.{number}.models.{model.name}"] = f"{model_mark(model.path)} {score:g}"
         if isinstance(transform, Decontaminate):
             listed = find_files(transform.path, JSONL, f"data.transforms.{number}.path")
             inputs[f"transforms.{number}.path"] = fingerprint([asdict(found) for found in listed])

@@ -339,7 +339,7 @@ class KeepBest(TransformSettings):
     tokenizer: str | None = None  # a tokenizer.json that counts tokens; None: a quarter of the bytes
     per: Literal["corpus", "domain", "host"] = "corpus"  # the group that documents compete in; the host is that of meta.url
     groups: Annotated[int, Field(ge=1)] | None = None  # only the groups with most documents, so many of them
-    seed: int = 0  # of the order among equal scores, and of a random choice
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of the order among equal scores, and of a random choice
 
     @model_validator(mode="after")
     def _one_measure(self) -> "KeepBest":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Student's t at 97.5% by the number of values.
+# Student's t at 97.5% by the number of values; beyond, by a series in its degrees of freedom, right to a thousandth.
 _T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
@@ -14,7 +14,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.inf
-    return float(np.mean(values)), _T.get(n, 2.0) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)), _T.get(n, 1.96 + 2.4 / (n - 1) + 2.8 / (n - 1) ** 2) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def spell(values: Sequence[float], digits: int = 4) -> str:

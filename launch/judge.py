@@ -15,10 +15,10 @@ from rich.table import Table
 
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
-from regrowth.data_pipeline.select.choices import accuracy, read_items
+from regrowth.data_pipeline.select.choices import Item, accuracy, read_items
 from regrowth.data_pipeline.select.config import Losses
 from regrowth.data_pipeline.select.pool import Pool
-from regrowth.errors import UserError
+from regrowth.errors import UserError, nearest
 from regrowth.files import fingerprint, read_json, write_json, write_text
 from regrowth.launch.data import prepare_with_progress
 from regrowth.launch.family import train_family
@@ -57,18 +57,20 @@ def compare(recipe: str, overrides: list[str], only: str, table_only: bool) -> N
     settings, console = load_recipe(recipe, overrides), Console()
     path = settings.out / "comparison.json"
     if not table_only:
-        write_json(path, [asdict(outcome) for outcome in judge(settings, only, console)])
+        judge(settings, only, console)
     if not path.exists():
         raise UserError(f"{path}: nothing is compared yet; leave out --table.")
     outcomes = [Outcome(**row) for row in read_json(path)]
     baseline = settings.compare.baseline
+    if baseline not in (known := [outcome.name for outcome in outcomes]):
+        raise UserError(f"compare.baseline = {baseline}: {path} has no such selector; {nearest(baseline, known)}")
     console.print(table(outcomes, baseline), width=None if console.is_terminal else 130)
     write_text(path.with_suffix(".html"), page(outcomes, baseline, str(settings.out)))
     console.print(f"{path.with_suffix('.html')}, {path}", soft_wrap=True)
 
 
-def judge(recipe: SelectionRecipe, only: str, console: Console) -> list[Outcome]:
-    """Fit, select, train and measure what is missing.
+def judge(recipe: SelectionRecipe, only: str, console: Console) -> None:
+    """Fit, select, train and measure what is missing; what there is after each seed stands in comparison.json.
 
     Raises:
         UserError: the recipe lacks what a comparison needs.
@@ -89,22 +91,17 @@ def judge(recipe: SelectionRecipe, only: str, console: Console) -> list[Outcome]
     pool, target = open_pools(recipe, console)
     if recipe.family and any(needs_family(recipe.selectors[name], recipe) for name in chosen):
         train_family(recipe, pool, target, rules.at_once, console)
+    held = _heldout(target, rules.documents) if target else []
+    choices = {path.name.split(".")[0]: read_items(path, rules.items) for path in rules.choices}
     fit_all(recipe, chosen, pool, target, console)
     outcomes = [_subset(recipe, name, config, pool, console) for name, config in chosen.items()]
-    plans = [
-        (o, seed, counted)
-        for seed in range(rules.seeds)
-        for o, _ in outcomes
-        for counted in ((False, True) if o.counted_steps else (False,))
-    ]
-    roots = {o.name: root for o, root in outcomes}
-    configs = [_run(recipe, o, roots[o.name], seed, counted) for o, seed, counted in plans]
-    runs = train_all(configs, rules.at_once, "runs", console)
-    held = _heldout(target, rules.documents) if target else []
-    with console.status("judging ...") if console.is_terminal else console.status(""):
-        for (outcome, seed, counted), config, run in zip(plans, configs, runs, strict=True):
-            (outcome.counted if counted else outcome.runs)[str(seed)] = _judged(recipe, run, config, held)
-    return [outcome for outcome, _ in outcomes]
+    for seed in range(rules.seeds):  # seed after seed, so that there is something to look at early
+        plans = [(o, root, counted) for o, root in outcomes for counted in ((False, True) if o.counted_steps else (False,))]
+        configs = [_run(recipe, o, root, seed, counted) for o, root, counted in plans]
+        runs = train_all(configs, rules.at_once, f"seed {seed}", console)
+        for (outcome, _, counted), config, run in zip(plans, configs, runs, strict=True):
+            (outcome.counted if counted else outcome.runs)[str(seed)] = _judged(recipe, run, config, held, choices)
+        write_json(recipe.out / "comparison.json", [asdict(outcome) for outcome, _ in outcomes])
 
 
 def _subset(recipe: SelectionRecipe, name: str, config: Any, pool: Pool, console: Console) -> tuple[Outcome, Path]:
@@ -121,12 +118,9 @@ def _subset(recipe: SelectionRecipe, name: str, config: Any, pool: Pool, console
     clock = recipe.out / "corpora" / f"{corpus.folder.name}.seconds.json"
     if not clock.exists():
         write_json(clock, time.monotonic() - begin)
-    record = read_json(folder / "selector.json")
-    flops = record["cost"]["flops"] + 1e6 * corpus.manifest["counts"].get("selector", {}).get(f"{name}: megaflops", 0)
-    seconds = record["cost"]["seconds"] + read_json(clock)
-    if needs_family(recipe.selectors[name], recipe):
-        family = read_json(recipe.out / "family" / "cost.json")
-        flops, seconds = flops + family["flops"], seconds + family["seconds"]
+    flops, seconds = _fitting(recipe, name)
+    flops += 1e6 * corpus.manifest["counts"].get("selector", {}).get(f"{name}: megaflops", 0)
+    seconds += read_json(clock)
     training = recipe.run_config(name, corpus.folder, 0)
     a_step = float(training.loader.global_batch * training.loader.sequence_length)
     per_step = a_step * training.model.train_flops_per_token(training.loader.sequence_length)
@@ -137,6 +131,20 @@ def _subset(recipe: SelectionRecipe, name: str, config: Any, pool: Pool, console
         counted_steps=round(training.run.steps * (1 - share)) if rules.count_cost and _LEAST_SHARE <= share <= _MOST_SHARE else 0,
     )  # fmt: skip
     return outcome, corpus.folder
+
+
+def _fitting(recipe: SelectionRecipe, name: str) -> tuple[float, float]:
+    """FLOPs and seconds of fitting a selector, with what it is made of: another selector, the family's models."""
+    cost = read_json(recipe.out / "selectors" / name / "selector.json")["cost"]
+    flops, seconds = cost["flops"], cost["seconds"]
+    like = getattr(recipe.selectors[name], "like", None)
+    if like is not None and str(like) in recipe.selectors:
+        more = _fitting(recipe, str(like))
+        flops, seconds = flops + more[0], seconds + more[1]
+    if needs_family(recipe.selectors[name], recipe):
+        family = read_json(recipe.out / "family" / "cost.json")
+        flops, seconds = flops + family["flops"], seconds + family["seconds"]
+    return flops, seconds
 
 
 def _documents(corpus: Corpus) -> int:
@@ -163,15 +171,15 @@ def _heldout(target: Pool, documents: int) -> list[str]:
     return [text for _, text in found[:documents]]
 
 
-def _judged(recipe: SelectionRecipe, run: RunFolder, config: RunConfig, held: list[str]) -> dict[str, Any]:
+def _judged(recipe: SelectionRecipe, run: RunFolder, config: RunConfig, held: list[str], choices: dict[str, list[Item]]) -> dict[str, Any]:
     """Bits per byte of the target's held-out text, and accuracy on each set; taken once for a checkpoint."""
     from regrowth.data_pipeline.select.loss_model import LossModel
     from regrowth.launch.family import exported
     from regrowth.pretrain.checkpoint import identity_of
 
-    rules, checkpoint = recipe.compare, checkpoint_at(run, None)
+    checkpoint = checkpoint_at(run, None)
     path = recipe.out / "judged" / f"{config.run.name}.json"
-    mark = fingerprint([identity_of(checkpoint), rules.model_dump(mode="json", include={"documents", "choices", "items"}), held])
+    mark = fingerprint([identity_of(checkpoint), held, choices])
     if path.exists() and (there := read_json(path))["mark"] == mark:
         return there["measured"]
     with exported(checkpoint, run, config) as folder:
@@ -182,10 +190,8 @@ def _judged(recipe: SelectionRecipe, run: RunFolder, config: RunConfig, held: li
             known = ~np.isnan(scored.nats)
             bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) for text, use in zip(held, known, strict=True) if use)
             measured["bits_per_byte"] = float(scored.nats[known].sum() / np.log(2) / bytes_)
-        for choices in rules.choices:
-            items = read_items(choices, rules.items)
-            measured.setdefault("accuracy", {})[choices.name.split(".")[0]] = accuracy(model, items)[0]
-            measured.setdefault("guessing", {})[choices.name.split(".")[0]] = float(np.mean([1 / len(item.answers) for item in items]))
+        for name, items in choices.items():
+            measured.setdefault("accuracy", {})[name], measured.setdefault("guessing", {})[name] = accuracy(model, items)
         model.close()
     write_json(path, {"mark": mark, "measured": measured})
     return measured

@@ -37,8 +37,12 @@ def train_all(configs: Sequence[RunConfig], at_once: int, what: str, console: Co
     missing = [config for config in configs if not ((run := find_run(config)) and run.finished)]
     with ThreadPoolExecutor(at_once) as pool:
         begun = [pool.submit(_train, config) for config in missing]
-        for run in track(begun, f"{what}: {len(missing)} runs", console=console, disable=not missing or not console.is_terminal):
-            run.exception()  # waits
+        try:
+            for run in track(begun, f"{what}: {len(missing)} runs", console=console, disable=not missing or not console.is_terminal):
+                run.exception()  # waits
+        except BaseException:  # those that are running are stopped by the same Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for run in begun:
         run.result()
     found = [find_run(config) for config in configs]

@@ -35,7 +35,23 @@ def open_pools(recipe: SelectionRecipe, console: Console) -> tuple[Pool, Pool | 
     pool = Pool(prepare_with_progress(recipe.data, console).folder)
     if recipe.target is None:
         return pool, None
-    return pool, Pool(prepare_with_progress(with_tokenizer(recipe.target, pool), console).folder)
+    target = Pool(prepare_with_progress(with_tokenizer(recipe.target, pool), console).folder)
+    _refuse_leaks(pool, target, recipe)
+    return pool, target
+
+
+def _refuse_leaks(pool: Pool, target: Pool, recipe: SelectionRecipe) -> None:
+    """What the judge measures on must not be trained on.
+
+    Raises:
+        UserError: some of the pool's training documents are held-out text of the target.
+    """
+    held = {key for batch in target.heldout() for key in batch.column("content_hash").to_pylist()}
+    both = sum(key in held for batch in pool.batches() for key in batch.column("content_hash").to_pylist())
+    if both:
+        assert recipe.target is not None
+        raise UserError(f"data: {both:,} training documents of the pool are held-out text of the target. Documents are held out by their content: set data.heldout_fraction to "
+                        f"target.heldout_fraction ({recipe.target.heldout_fraction}) or more, or take the target's documents out of the pool.")  # fmt: skip
 
 
 def with_tokenizer(config: DataConfig, pool: Pool) -> DataConfig:
@@ -173,6 +189,8 @@ def strength(corpus: Path, groups: int, per: str) -> None:
     from regrowth.data_pipeline.select.strength import STRENGTH, group_means
     from regrowth.data_pipeline.transforms.base import score_of
 
+    if per not in ("domain", "host"):
+        raise UserError(f"--per {per}: choose domain or host.")
     pipeline = Pipeline.open(corpus)
     if STRENGTH not in pipeline.score_names:
         raise UserError(f'{corpus}: its documents have no strength; put a transform of kind "strength" into its recipe.')

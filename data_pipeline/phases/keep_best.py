@@ -2,7 +2,7 @@
 
 A global transform: map -> reduce -> apply. The map is done in curation (`score_keys` of each document beside its part), the reduce finds for each group the key of the last
 document that stays, by a radix selection that reads the keys six times and holds no more than a histogram; readers of the parts compare. So the cut is exact whatever
-the size of the corpus, and what is kept depends neither on the order of the documents nor on who did the work: equal scores are ordered by a hash of the text.
+the size of the corpus, and what is kept depends neither on the order of the documents nor on who did the work: equal scores are ordered by a hash of the text and, for copies, the id.
 """
 
 import json
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 KEYS = np.dtype([("group", "<u8"), ("score", "<u4"), ("tie", "<u8"), ("weight", "<i8")])
 # The last document that stays of each group: what is greater or equal in (score, tie) stays.
 LINE = np.dtype([("group", "<u8"), ("score", "<u4"), ("tie", "<u8")])
+_COPIES = np.uint64((1 << 24) - 1)  # bits of a tie that part copies of a text
 _DIGITS = 6  # of 16 bits each, in (score, tie)
 _ROWS = 1 << 20  # documents looked at at once
 _GROUPED_DOCUMENTS = 1 << 23  # of a task, where groups are many
@@ -74,7 +75,10 @@ def score_keys(batch: pa.RecordBatch, hashes: np.ndarray, config: KeepBest, coun
     out["group"] = [known[name] for name in names]
     scores = score_of(batch.column("scores"), config.score, np.nan)
     out["score"] = 1 if config.score == "random" and np.isnan(scores).all() else ordered(scores)
-    out["tie"] = tie_of(hashes.view("<u8").reshape(-1, 2)[:, 1], config.seed)
+    # By content; copies of a text, which differ in their ids alone, by those.
+    ids = np.array([xxhash.xxh3_64_intdigest(identity.encode()) for identity in batch.column("id").to_pylist()], np.uint64)
+    content = tie_of(hashes.view("<u8").reshape(-1, 2)[:, 1], config.seed)
+    out["tie"] = content & ~_COPIES | ids & _COPIES
     if config.documents is not None or config.of == "documents":
         out["weight"] = 1
     elif config.of == "tokens":

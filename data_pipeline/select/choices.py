@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from regrowth.data_pipeline.document import sound_text
 from regrowth.data_pipeline.select.loss_model import LossModel
 from regrowth.data_pipeline.sources.base import read_lines
 from regrowth.data_pipeline.sources.paths import open_packed
@@ -56,8 +57,8 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 
 def _item(row: dict[str, Any]) -> Item:
     if "sentence_good" in row:
-        return Item([("", row["sentence_good"]), ("", row["sentence_bad"])], 0)
-    if "context_options" in row:
+        item = Item([("", row["sentence_good"]), ("", row["sentence_bad"])], 0)
+    elif "context_options" in row:
         item = Item([(begin, f" {row['continuation'].lstrip()}") for begin in row["context_options"]], int(row["gold"]))
     elif "endings" in row:
         item = Item([(row["activity_and_ctx"], f" {end}") for end in row["endings"]], int(row["label"]))
@@ -68,19 +69,32 @@ def _item(row: dict[str, Any]) -> Item:
         query = row["query"].rstrip()
         ask = f"{query}\nAnswer:" if query.startswith("Question:") else query
         item = Item([(ask, f" {end}") for end in row["choices"]], int(row["gold"]))
+    item = Item([(sound_text(begin), sound_text(end)) for begin, end in item.answers], item.right)
     if not 0 <= item.right < len(item.answers) or len(item.answers) < 2:
         raise ValueError(f"answer {item.right} of {len(item.answers)}")
     return item
 
 
 def accuracy(model: LossModel, items: list[Item]) -> tuple[float, float]:
-    """The share of items whose right answer has the least loss per character, and what guessing would have. Ties go to the first."""
+    """The share of items whose right answer has the least loss per character, and what guessing would have. Of k answers that tie for the least, each is right by 1/k; an item with a loss
+    that is no number is wrong.
+
+    Raises:
+        UserError: no item has losses that are numbers.
+    """
     whole = model.score([begin + end for item in items for begin, end in item.answers]).nats
     begins = model.score([begin for item in items for begin, _ in item.answers]).nats
     lengths = np.array([len(end) for item in items for _, end in item.answers])
     losses = (whole - np.nan_to_num(begins)) / lengths
-    at, right = 0, 0
+    at, right, known = 0, 0.0, 0
     for item in items:
-        right += int(np.argmin(losses[at : at + len(item.answers)])) == item.right
+        its = losses[at : at + len(item.answers)]
         at += len(item.answers)
+        if np.isfinite(its).all():
+            known += 1
+            right += (its[item.right] == its.min()) / (its == its.min()).sum()
+    if not known:
+        raise UserError(
+            f"{model.key} = {model.path}: its losses on multiple choice are no numbers; the model has diverged, or its weights are damaged."
+        )
     return right / len(items), float(np.mean([1 / len(item.answers) for item in items]))

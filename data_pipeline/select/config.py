@@ -9,6 +9,7 @@ from regrowth.settings import PlainName, Settings
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Losses(Settings):
@@ -45,7 +46,7 @@ class FastTextTraining(Settings):
     calibrate: bool = (
         False  # give probabilities as the held-out examples bear them out (Platt), not as fastText says them; the order is the same
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SelectorSettings(Settings):
@@ -60,7 +61,7 @@ class Random(SelectorSettings):
     """Documents by chance."""
 
     kind: Literal["random"]
-    seed: int = 0
+    seed: Seed = 0
 
 
 class LengthMatched(SelectorSettings):
@@ -69,7 +70,7 @@ class LengthMatched(SelectorSettings):
     kind: Literal["length_matched"]
     like: Path  # a fitted selector's folder
     fraction: Fraction = 0.1  # that it would keep, of characters
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Perplexity(SelectorSettings):
@@ -83,7 +84,7 @@ class Perplexity(SelectorSettings):
     width: Annotated[float, Field(gt=0)] = 4.5  # of the gaussian, in (perplexity - median) / median
     losses: Losses = Losses()
     sample: Count = 2000  # documents of the pool that quartiles are taken from
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Classifier(SelectorSettings):
@@ -119,7 +120,7 @@ class Regression(SelectorSettings):
     heldout: Fraction = 0.1
     characters: Count = 2000  # of a document's beginning
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Importance(SelectorSettings):
@@ -131,7 +132,7 @@ class Importance(SelectorSettings):
     buckets: Annotated[int, Field(ge=2)] = 10_000
     per_ngram: bool = False  # the mean log ratio of a document's n-grams instead of their sum, so that length counts for nothing
     chance: bool = True  # draw in proportion to the weights; else take the greatest
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Difference(SelectorSettings):
@@ -162,7 +163,15 @@ class PreSelect(SelectorSettings):
     )
     positive_share: Fraction | None = None  # the best so many are positives; None: those of full strength alone
     training: FastTextTraining = FastTextTraining()
-    seed: int = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _confidence_parts_something(self) -> "PreSelect":
+        if self.confidence and self.positive_share is None and self.labels == "document":
+            raise ValueError(
+                "preselect: confidence: documents of full strength are whole in every bootstrap; say with positive_share which others may be positives"
+            )
+        return self
 
 
 SelectorConfig = Annotated[

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from regrowth.data_pipeline.document import sound_text
 from regrowth.data_pipeline.sources.base import read_lines
 from regrowth.data_pipeline.sources.paths import open_packed
 from regrowth.errors import UserError
@@ -39,12 +40,12 @@ def _row(line: bytes, where: str, field: str | None) -> tuple[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise UserError(f"{where}: no object with a text.")
     if field is None:
-        return row["text"], None
+        return sound_text(row["text"]), None
     if field not in row:
         raise UserError(f"{where}: has no field {field}; it has {', '.join(sorted(row))}.")
     if isinstance(value := row[field], str) and ("\n" in value or "\r" in value):
         raise UserError(f"{where}: {field} = {value!r}: a label with a line break. Labels stand on one line; strip it.")
-    return row["text"], row[field]
+    return sound_text(row["text"]), row[field]
 
 
 def texts_of(path: Path, key: str) -> list[str]:

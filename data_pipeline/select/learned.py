@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.phases.curate import load, save
@@ -123,7 +124,13 @@ class ByRegression(Selector):
             raise UserError(f"selectors.labelled = {self.config.labelled}: {len(y)} documents with {len(set(y.tolist()))} different numbers; a regression needs at least "
                             f"{_LEAST}, of which some differ.")  # fmt: skip
         x = self._embed([text for text, _ in rows])
-        held = np.random.default_rng(self.config.seed).random(len(y)) < self.config.heldout
+        sound = ~np.isnan(x.sum(axis=1))  # an empty text has no embedding
+        rows, x, y = [row for row, good in zip(rows, sound.tolist(), strict=True) if good], x[sound], y[sound]
+        if len(y) < _LEAST or y.std() == 0:
+            raise UserError(
+                f"selectors.labelled = {self.config.labelled}: {len(y)} documents have embeddings; a regression needs at least {_LEAST}, of which some differ."
+            )
+        held = np.array([xxhash.xxh3_64_intdigest(text.encode(), self.config.seed) < self.config.heldout * 2**64 for text, _ in rows])
         middle, scale = x[~held].mean(0), x[~held].std(0) + 1e-6
         z = (x - middle) / scale
         train = z[~held]
@@ -133,7 +140,7 @@ class ByRegression(Selector):
         save(self.folder / "weights.npy", np.stack([weights / scale, middle]))
         bias = float(y[~held].mean())
         said = z[held] @ weights + bias
-        findings: dict[str, Any] = {"examples": len(y), "bias": bias, "held_out": int(held.sum())}
+        findings: dict[str, Any] = {"examples": len(y), "without_embedding": int((~sound).sum()), "bias": bias, "held_out": int(held.sum())}
         if held.sum() >= 2:
             findings["r_squared"] = float(1 - ((said - y[held]) ** 2).sum() / max(((y[held] - y[held].mean()) ** 2).sum(), 1e-12))
             if 0 < (wanted := y[held] > np.median(y)).sum() < held.sum():

@@ -84,7 +84,7 @@ class LossModel:
         self.parameters = sum(p.numel() for p in self._model.parameters())
         context = getattr(self._model.config, "max_position_embeddings", None) or self.config.window
         self.window = min(self.config.window, context)
-        self.stride = min(self.config.stride, max(1, self.window - 1))
+        self.stride = max(1, self.config.stride * self.window // self.config.window)  # a window that is cut keeps its share of context
         self._vocabulary_size = self._model.config.get_text_config().vocab_size
         self.batch_tokens = self.config.batch_tokens or (_TOKENS_AT_ONCE if self._model.device.type == "cuda" else _TOKENS_IN_CACHE)
         with torch.no_grad():

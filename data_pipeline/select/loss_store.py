@@ -19,8 +19,10 @@ create table if not exists losses (
 ) without rowid
 """
 _SIZES = "create table if not exists sizes (model text primary key, parameters integer not null) without rowid"
+_VERSION = 1  # changes when losses come to be taken in another way
 _KEPT_CHARACTERS = 1 << 18  # of documents that are scored before their losses are written: what a kill may cost
 
+_FEW = 8  # documents without a loss that are no sign of a broken model
 _KINDS = (np.float64, np.int64, np.int64, np.int64)
 
 Tell = Callable[[str, float, float], None]  # what is being done, how much is done, of how much
@@ -83,19 +85,19 @@ class LossStore:
         return found[0]
 
     def _of_model(self, model: LossModel, texts: list[str], hashes: list[bytes], tell: Tell) -> DocumentLosses:
-        name = fingerprint([model.mark, self.config.window, self.config.stride, self.config.dtype])
+        name = fingerprint([_VERSION, model.mark, self.config.window, self.config.stride, self.config.dtype])
         found = self._find(name, hashes)
-        missing = [place for place, key in enumerate(dict.fromkeys(hashes)) if key not in found]
-        first = {key: place for place, key in reversed(list(enumerate(hashes)))}
         keys = list(dict.fromkeys(hashes))
+        first = {key: place for place, key in reversed(list(enumerate(hashes)))}
         # Of like lengths together, so that little is padded; the longest first.
-        left = sorted((first[keys[place]] for place in missing), key=lambda place: -len(texts[place]))
-        finite = total = 0
-        while left:
-            some, size = [], 0
-            while left and (not some or size < _KEPT_CHARACTERS):
-                some.append(left.pop(0))
-                size += len(texts[some[-1]])
+        left = sorted((first[key] for key in keys if key not in found), key=lambda place: -len(texts[place]))
+        at = 0
+        while at < len(left):
+            begin, size = at, 0
+            while at < len(left) and (at == begin or size < _KEPT_CHARACTERS):
+                size += len(texts[left[at]])
+                at += 1
+            some = left[begin:at]
             scored = self._with_room(model).score([texts[place] for place in some])
             rows = [
                 (name, hashes[place], nats if np.isfinite(nats) else None, *counts)
@@ -107,12 +109,13 @@ class LossStore:
             found |= {key: values for _, key, *values in rows}
             self.counts["model tokens"] += int(scored.tokens.sum())
             self.counts["characters scored"] += int(scored.characters.sum())
-            finite += sum(row[2] is not None for row in rows)
-            total += len(rows)
             tell(model.key, len(found), len(keys))
-        if total >= 8 and not finite:
+        said = [
+            nats is not None for nats, _, tokens, _ in found.values() if tokens > 0
+        ]  # of those that have something to predict, cached ones among them
+        if len(said) >= _FEW and not any(said):
             raise UserError(
-                f'{model.key} = {model.path}: its loss is not a number on each of {total} documents. Try losses.dtype = "float32", or look at its weights.'
+                f'{model.key} = {model.path}: its loss is not a number on each of {len(said)} documents. Try losses.dtype = "float32", or look at its weights.'
             )
         return DocumentLosses(*(
             np.array([found[key][place] if found[key][place] is not None else np.nan for key in hashes], kind)

@@ -60,5 +60,5 @@ def fit_platt(probabilities: np.ndarray, wanted: np.ndarray) -> tuple[float, flo
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    p = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    p = np.clip((probabilities + 1e-6) / (1 + 2e-5), 1e-9, 1 - 1e-9)  # fastText's go up to 1 + 1e-5
     return np.log(p / (1 - p))

@@ -15,6 +15,7 @@ from regrowth.errors import UserError
 from regrowth.files import fingerprint
 
 _NOT_OF_ITS_TEXT = {"out": True, "name": True, "folder": True, "workers": True, "executor": True, "tokenizer": True, "shards": True}
+_SAMPLE = 0x5A4D504C  # added to seeds, so that a sample is no near relation of what `keep_best` kept at random
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,27 @@ class Pool:
         Raises:
             UserError: there is no document.
         """
+        share = min(1.0, 1.5 * documents / max(sum(self.pipeline.parts.phase.summary["documents"]), 1) + 1e-3) if per == "corpus" else 1.0
+        places, total = self._drawn(documents, seed, per, groups, share)
+        if len(places) < min(documents, total) and share < 1:  # many of the pool's documents are held out or removed
+            places, total = self._drawn(documents, seed, per, groups, 1.0)
+        if not total:
+            raise UserError(f"{self.root}: holds no training document.")
+        return self._take(places, per)
+
+    def _drawn(self, documents: int, seed: int, per: str, groups: int | None, share: float) -> tuple[np.ndarray, int]:
+        """Numbers of the documents that are drawn, sorted, and how many there are. Only those of the lowest `share` of hashes are looked at: with luck no other can be drawn."""
         names: dict[str, int] = {}
         of, ties, places, total = [], [], [], 0
-        share = min(1.0, 1.5 * documents / max(sum(self.pipeline.parts.phase.summary["documents"]), 1) + 1e-3) if per == "corpus" else 1.0
         for batch in self.batches():
-            tie = tie_of(content_hashes_of(batch).view("<u8").reshape(-1, 2)[:, 1], seed)
-            near = np.flatnonzero(tie <= np.uint64(min(int(share * 2**64), 2**64 - 1)))  # with luck no other can be drawn
+            tie = tie_of(content_hashes_of(batch).view("<u8").reshape(-1, 2)[:, 1], seed + _SAMPLE)
+            near = np.flatnonzero(tie <= np.uint64(min(int(share * 2**64), 2**64 - 1)))
             of.append(np.array([names.setdefault(name, len(names)) for name in groups_of(batch, per)], np.int64)[near])
             ties.append(tie[near])
             places.append(total + near)
             total += len(batch)
         if not total:
-            raise UserError(f"{self.root}: holds no training document.")
+            return np.zeros(0, np.int64), 0
         group, tie, place = (np.concatenate(parts) for parts in (of, ties, places))
         order = np.lexsort((place, tie, group))
         group, place = group[order], place[order]
@@ -93,9 +103,10 @@ class Pool:
         chosen = np.arange(len(group)) - first[group] < documents
         if groups is not None and groups < len(names):
             sizes = np.bincount(group, minlength=len(names))
-            largest = sorted(range(len(names)), key=lambda g: (-sizes[g], list(names)[g]))[:groups]
+            named = list(names)
+            largest = sorted(range(len(named)), key=lambda g: (-sizes[g], named[g]))[:groups]
             chosen &= np.isin(group, largest)
-        return self._take(np.sort(place[chosen]), per)
+        return np.sort(place[chosen]), total
 
     def _take(self, places: np.ndarray, per: str) -> Sample:
         found, begin = Sample([], [], [], []), 0

@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 
 from regrowth.data_pipeline.phases.curate import save
-from regrowth.data_pipeline.select.config import PreSelect
+from regrowth.data_pipeline.select.config import PreSelect, essence
 from regrowth.data_pipeline.select.learned import _ByFastText
 from regrowth.data_pipeline.select.loss_store import LossStore, Tell
 from regrowth.data_pipeline.select.pool import Pool, Sample
+from regrowth.data_pipeline.select.record import model_mark
 from regrowth.data_pipeline.select.strength import STRENGTH, bootstrap_confidence, group_means, load_models, predictive_strength
+from regrowth.data_pipeline.transform_config import Strength
 from regrowth.errors import UserError
 from regrowth.files import write_json
 
@@ -21,6 +23,7 @@ class ByPredictiveStrength(_ByFastText):
 
     config: PreSelect
     _store: LossStore | None = None
+    _given_flops = 0.0
 
     def fit(self, pool: Pool, target: Pool | None, tell: Tell) -> dict[str, Any]:
         """Sample the pool, take its strength (or the scores that a `strength` transform gave it), label, train.
@@ -30,7 +33,7 @@ class ByPredictiveStrength(_ByFastText):
         """
         config = self.config
         sample = pool.sample(config.documents, config.seed, config.per, config.groups)
-        strength, confidence, findings = self._strength(sample, tell)
+        strength, confidence, findings = self._strength(pool, sample, tell)
         known = ~np.isnan(strength)
         if not known.any():
             raise UserError(
@@ -52,11 +55,11 @@ class ByPredictiveStrength(_ByFastText):
         }
         return findings | self.learn([sample.texts[row] for row in positives], [sample.texts[row] for row in negatives])
 
-    def _strength(self, sample: Sample, tell: Tell) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    def _strength(self, pool: Pool, sample: Sample, tell: Tell) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
         config = self.config
-        given = sample.score(STRENGTH)
-        if len(given) and not np.isnan(given).all() and not config.confidence:
-            return given.astype(np.float64), None, {"from": f"the pool's score {STRENGTH}"}
+        if (given := self._given(pool)) is not None and not config.confidence:
+            self._given_flops = 1e6 * pool.pipeline.counts().get(STRENGTH, {}).get("megaflops", 0)
+            return sample.score(STRENGTH).astype(np.float64), None, {"from": f"the pool's score {STRENGTH}, of {given}"}
         models, scores = load_models(config.models_file, config.target)
         self._store = LossStore([(f"{config.models_file}: {model.name}", model.path) for model in models], config.losses)
         self._store.counts = self.counts
@@ -79,9 +82,13 @@ class ByPredictiveStrength(_ByFastText):
         judged = np.where(np.isnan(strength), np.nan, judged)
         order = sorted(np.flatnonzero(~np.isnan(judged)).tolist(), key=lambda row: (judged[row], sample.hashes[row]))
         if config.positive_share is not None or config.labels == "group":
-            positives = order[-max(1, round((config.positive_share or 0.5) * len(order))) :]
+            positives = order[-max(1, round((config.positive_share or 0.5) * len(order))) :] if order else []
         else:
             positives = [row for row in order if judged[row] >= 1]
+        if config.labels == "group" and positives:  # a group is good or bad as a whole: the one at the cut is neither
+            cut = judged[positives[0]]
+            positives = [row for row in positives if judged[row] > cut] or positives
+            order = [row for row in order if judged[row] < cut or row in set(positives)]
         if confidence is not None:
             positives = [row for row in positives if confidence[row] >= config.confidence]
         chosen = set(positives)
@@ -95,7 +102,29 @@ class ByPredictiveStrength(_ByFastText):
     @property
     def flops(self) -> float:
         """The models' forward passes, and fastText's."""
-        return super().flops + (self._store.flops if self._store else 0.0)
+        return super().flops + self._given_flops + (self._store.flops if self._store else 0.0)
+
+    def _given(self, pool: Pool) -> str | None:
+        """The models of the pool's own strength, if it was taken as this selector would take it.
+
+        Raises:
+            UserError: it was taken otherwise.
+        """
+        for number, transform in enumerate(pool.pipeline.config.transforms):
+            if not isinstance(transform, Strength):
+                continue
+            mine, theirs = (essence(c)["losses"] | {"weights": c.weights} for c in (self.config, transform))
+            begin = f"transforms.{number}.models."
+            there = {key.removeprefix(begin): mark for key, mark in pool.pipeline.plan["inputs"].items() if key.startswith(begin)}
+            wanted = {
+                model.name: f"{model_mark(model.path)} {score:g}"
+                for model, score in zip(*load_models(self.config.models_file, self.config.target), strict=True)
+            }
+            if there != wanted or mine != theirs:
+                raise UserError(f"{pool.root}: its documents have a strength of other models, scores or settings than the selector's (models_file, target, weights, losses). "
+                                "Make them alike, or take the transform `strength` out of the pool's recipe.")  # fmt: skip
+            return ", ".join(there)
+        return None
 
     def close(self) -> None:
         """Free the models."""

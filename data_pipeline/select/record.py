@@ -1,5 +1,6 @@
 """What is written of fitted selectors and known of models, without loading either."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ from regrowth.files import fingerprint, read_json, sha256_of
 
 FORMAT = 1
 RECORD = "selector.json"
-_HASHED = 1 << 26  # bytes of a model's file that are read to know it again; larger ones by their ends
 
 
 def read_record(folder: Path, key: str = "") -> dict[str, Any]:
@@ -24,19 +24,18 @@ def read_record(folder: Path, key: str = "") -> dict[str, Any]:
 
 
 def model_mark(path: str) -> str:
-    """A hash by which a model is known again, wherever it lies; its name where it is no folder here. Of large files the size and both ends are read."""
+    """A hash by which a model is known again, wherever it lies: of its files' contents. A model that is no folder here (a name on the Hub) is known by its name."""
     folder = Path(path)
     if not folder.is_dir():
         return path
     found = []
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".json", ".safetensors", ".model", ".txt", ".bin"}):
-        size = file.stat().st_size
-        if size <= _HASHED:
-            mark = sha256_of(file)
-        else:
-            with file.open("rb") as source:
-                begin = source.read(1 << 20)
-                source.seek(-(1 << 20), 2)
-                mark = fingerprint([begin.hex(), source.read().hex()])
-        found.append([str(file.relative_to(folder)), size, mark])
+        state = file.stat()
+        found.append([str(file.relative_to(folder)), _sha256(str(file.resolve()), state.st_size, state.st_mtime_ns)])
     return fingerprint(found)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: str, size: int, modified: int) -> str:
+    """Of a file in a certain state, taken once a process."""
+    return sha256_of(Path(path))

@@ -20,7 +20,7 @@ from regrowth.data_pipeline.phases.keep_best import tie_of
 from regrowth.data_pipeline.select.config import SelectorConfig, SelectorSettings, essence, plain
 from regrowth.data_pipeline.select.loss_store import Tell
 from regrowth.data_pipeline.select.pool import Pool
-from regrowth.data_pipeline.select.record import FORMAT, RECORD, read_record
+from regrowth.data_pipeline.select.record import FORMAT, RECORD, model_mark, read_record
 from regrowth.data_pipeline.transforms.hashing import content_hashes
 from regrowth.errors import UserError
 from regrowth.files import fingerprint, sha256_of, write_json
@@ -117,6 +117,11 @@ def load_selector(folder: Path, key: str) -> Selector:
     selector = build_selector(config, folder)
     if record["format"] != FORMAT or record["version"] != selector.version:
         raise UserError(f"{folder}: fitted by another version of this selector; fit it again in a new folder.")
+    for model in type(config).models:
+        if model_mark(getattr(config, model)) != record["inputs"][model]:
+            raise UserError(
+                f"{folder}: the model {model} = {getattr(config, model)} is gone or has changed since the selector was fitted; put it back, or fit in a new folder."
+            )
     for name, wanted in record["files"].items():
         path = folder / name
         if not path.exists() or sha256_of(path) != wanted:

@@ -40,7 +40,9 @@ class RandomOfLength(Selector):
         for batch in pool.batches():
             lengths.append(_lengths(batch))
             scores.append(other.score(batch))
+            self._spent = other.flops
             hashes.append(chances(batch, self.config.seed))
+        other.close()
         length, score, tie = (np.concatenate(parts) for parts in (lengths, scores, hashes))
         order = np.lexsort((tie, -np.nan_to_num(score, nan=-np.inf)))
         taken = np.cumsum(length[order]) - length[order] < self.config.fraction * length.sum()
@@ -50,6 +52,13 @@ class RandomOfLength(Selector):
         save(self.folder / "odds.npy", odds)
         return {"documents": len(length), "kept": int(taken.sum()), "mean_characters": float(length.mean()),
                 "mean_characters_kept": float(length[order[taken]].mean())}  # fmt: skip
+
+    _spent = 0.0
+
+    @property
+    def flops(self) -> float:
+        """What the other's scores of the pool cost."""
+        return self._spent
 
     def score(self, batch: pa.RecordBatch) -> np.ndarray:
         """Odds over chance: the greatest of these are a draw by the odds."""
@@ -97,9 +106,10 @@ class ImportanceWeights(Selector):
         if self._ratios is None:
             self._ratios = np.asarray(load(self.folder / "log_ratios.npy"))
         buckets, firsts = self._buckets(batch)
-        sums = np.concatenate([[0.0], np.cumsum(self._ratios[buckets])])[firsts]
         counts = np.diff(firsts)
-        scores = np.diff(sums)
+        scores = np.bincount(
+            np.repeat(np.arange(len(counts)), counts), self._ratios[buckets], len(counts)
+        )  # each document's by itself, in its order
         if self.config.per_ngram:
             scores = scores / np.maximum(counts, 1)
         if self.config.chance:

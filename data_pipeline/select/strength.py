@@ -24,7 +24,8 @@ def predictive_strength(losses: np.ndarray, scores: np.ndarray | None = None) ->
     """
     worse, better = np.triu_indices(len(losses), 1)
     weights = np.ones(len(worse)) if scores is None else np.asarray(scores, np.float64)[better] - np.asarray(scores, np.float64)[worse]
-    strength = (weights[:, None] * (losses[worse] > losses[better])).sum(0) / weights.sum()
+    agree = losses[worse] > losses[better]
+    strength = np.where(agree.all(0), 1.0, weights @ agree / weights.sum())  # whole is whole, however the weights round
     return np.where(np.isnan(losses).any(0), np.nan, strength)
 
 

@@ -1,7 +1,7 @@
 """Which selector's subset teaches a target best: models of about 1M parameters and 2M tokens, five paired seeds, on a pool of real text that is mostly not what is wanted.
 
 The pool holds news, an encyclopedia, law, mathematics, dialogue, abstracts, documentation, 388 languages, and web pages that are little but navigation and advertisement; the target is the
-encyclopedia (or, with --target, another domain), of which one document in five is kept from the pool: its training part is what selectors may see, its held-out part is what models are measured on.
+encyclopedia (or, with --target, another domain), of which two articles in five are kept from the pool: their training part is what selectors may see, their held-out part is what models are measured on.
 Everything is made by `regrowth data select compare`; this program writes the texts and the recipe. It goes on where it was stopped; `--table` shows what there is.
 
     python experiments/selection/runs.py --out selection_runs
@@ -38,22 +38,22 @@ MODEL = {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "kv_heads": 
 CHOICES = ("arc_easy", "piqa", "hellaswag_val", "blimp")
 
 
-def documents(name: str, megabytes: float) -> Iterator[str]:
-    """Texts of a domain, in pieces at paragraphs, so much of them."""
+def documents(name: str, megabytes: float) -> Iterator[tuple[int, str]]:
+    """(article, piece of it) of a domain, cut at paragraphs, so much of them."""
     left = megabytes * 1e6
     with lzma.open(DATA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
-        for line in lines:
+        for article, line in enumerate(lines):
             piece = ""
             for paragraph in json.loads(line)["text"].split("\n"):
                 if len(piece) + len(paragraph) > _PIECE and piece.strip():
-                    yield piece
+                    yield article, piece
                     left -= len(piece.encode("utf-8", "surrogatepass"))
                     piece = ""
                 piece += paragraph[: 4 * _PIECE] + "\n"
                 if left <= 0:
                     return
             if piece.strip():
-                yield piece
+                yield article, piece
                 left -= len(piece.encode("utf-8", "surrogatepass"))
 
 
@@ -64,8 +64,8 @@ def write_texts(out: Path, target: str) -> None:
     mine: list[str] = []
     for name, megabytes in POOL.items():
         rows = []
-        for text in documents(name, megabytes * (1.6 if name.endswith(target) else 1.0)):
-            if name.endswith(target) and xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), 5) % 5 < 2:
+        for article, text in documents(name, megabytes * (1.6 if name.endswith(target) else 1.0)):
+            if name.endswith(target) and xxhash.xxh3_64_intdigest(str(article).encode(), 5) % 5 < 2:
                 mine.append(text)
             else:
                 rows.append({"text": text, "url": f"http://{name.split('/')[1]}.{len(rows) % 40}.org/{len(rows)}"})

@@ -170,6 +170,14 @@ def test_another_seed_keeps_others_at_random(tmp_path: Path) -> None:
     assert texts[0] != texts[1]
 
 
+def test_copies_of_a_text_do_not_all_stay(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw" / "web.jsonl", [{"text": prose(n % 5, 40)} for n in range(100)])
+    best = {"kind": "keep_best", "score": "random", "documents": 30}
+    values = {**small_data_values(tmp_path / "raw", tmp_path / "out"), "transforms": [{"kind": "normalise"}, best], "heldout_fraction": 0.4}
+    pipeline = Pipeline.open(prepare(DataConfig.model_validate(values)).folder)
+    assert pipeline.phases and sum(len(b) for part in pipeline.parts.present() for b in pipeline.parts.kept(part)) == 30
+
+
 def test_a_score_that_no_document_has_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"score = quality: no document has this score"):
         made(tmp_path, score="quality", fraction=0.3)

@@ -177,18 +177,27 @@ def test_preselect_learns_what_foretells(corpora: tuple[Pool, Pool], models: lis
     scored = DataConfig.model_validate({**scored.model_dump(mode="json"), "transforms": [{"kind": "normalise"}, with_strength]})
     pool = Pool(prepare(scored).folder)
     again = fit_selector(selector_of(values), tmp_path / "again", pool, None)
-    assert again.describe()["findings"]["from"] == "the pool's score strength"
+    assert again.describe()["findings"]["from"].startswith("the pool's score strength")
     np.testing.assert_allclose(np.load(tmp_path / "again" / "strength.npy"), strength, rtol=1e-6)
     assert (tmp_path / "again" / "model.bin").read_bytes() == (tmp_path / "s" / "model.bin").read_bytes()
     assert pool.pipeline.score_names == ["strength", "bpc_m0", "bpc_m1", "bpc_m2", "bpc_m3"]
+    assert again.describe()["cost"]["flops"] > record["cost"]["flops"], "the whole pool was scored, not a sample"
+    with pytest.raises(UserError, match="a strength of other models, scores or settings"):
+        fit_selector(selector_of({**values, "target": "other"}), tmp_path / "others", pool, None)
 
 
 def test_preselect_labels_groups_or_asks_for_confidence(corpora: tuple[Pool, Pool], models: list[Path], tmp_path: Path) -> None:
     values = {"kind": "preselect", "models_file": str(models_file(tmp_path, models[:3])), "target": "code", "per": "host", "documents": 30,
               "losses": {"cache": str(tmp_path / "losses.sqlite"), "device": "cpu"}, "training": {**FAST, "epochs": 1}}  # fmt: skip
     grouped = fit_selector(selector_of({**values, "labels": "group"}), tmp_path / "g", *corpora)
-    sure = fit_selector(selector_of({**values, "confidence": 0.9, "weights": "gaps"}), tmp_path / "c", *corpora)
-    assert grouped.describe()["findings"]["examples_of_each_class"] > sure.describe()["findings"]["examples_of_each_class"]
+    sure, plain = (
+        fit_selector(selector_of({**values, "positive_share": 0.4, "confidence": c, "weights": "gaps"}), tmp_path / f"c{c}", *corpora)
+        for c in (0.9, 0.0)
+    )
+    counts = [s.describe()["findings"]["examples_of_each_class"] for s in (grouped, plain, sure)]
+    assert min(counts) >= 8 and counts[2] < counts[1]
+    with pytest.raises(ValueError, match="whole in every bootstrap"):
+        selector_of({**values, "confidence": 0.9})
 
 
 def test_preselect_says_when_no_document_foretells(corpora: tuple[Pool, Pool], models: list[Path], tmp_path: Path) -> None:
@@ -211,7 +220,7 @@ def test_a_regression_finds_what_embeddings_know(corpora: tuple[Pool, Pool], mod
     labelled = write_jsonl(tmp_path / "labelled.jsonl", rows)
     config = selector_of({"kind": "regression", "model": str(models[0]), "labelled": str(labelled), "device": "cpu", "ridge": 0.1})
     selector = fit_selector(config, tmp_path / "s", *corpora)
-    assert selector.describe()["findings"]["r_squared"] > 0.8
+    assert selector.describe()["findings"]["r_squared"] > 0.5
     documents = whole(corpora[0])
     assert roc_auc(selector.score(documents), is_code(documents)) > 0.97
     write_jsonl(labelled, [{**row, "score": "high"} for row in rows])
@@ -312,7 +321,7 @@ def test_a_recipe_selects_with_a_fitted_selector(corpora: tuple[Pool, Pool], tmp
         Pipeline.plan_of(config)
 
 
-def test_losses_do_not_depend_on_who_takes_them(corpora: tuple[Pool, Pool], models: list[Path], tmp_path: Path) -> None:
+def test_a_corpus_is_the_same_whoever_takes_its_losses(corpora: tuple[Pool, Pool], models: list[Path], tmp_path: Path) -> None:
     """The same corpus folder, whatever device, batch or cache is named."""
     source = corpora[0].pipeline.config.model_dump(mode="json")
     roots = []
@@ -321,6 +330,51 @@ def test_losses_do_not_depend_on_who_takes_them(corpora: tuple[Pool, Pool], mode
         strength = {"kind": "strength", "models_file": str(models_file(tmp_path, models)), "target": "code", "losses": losses}
         roots.append(Pipeline.plan_of(DataConfig.model_validate({**source, "transforms": [{"kind": "normalise"}, strength]})).root)
     assert roots[0] == roots[1]
+
+
+def test_a_model_that_changed_since_the_fit_is_found_out(corpora: tuple[Pool, Pool], tmp_path: Path) -> None:
+    path = build(tmp_path / "model")
+    config = selector_of({"kind": "perplexity", "model": str(path), "losses": {"cache": str(tmp_path / "l.sqlite"), "device": "cpu"}})
+    fit_selector(config, tmp_path / "s", *corpora)
+    load_selector(tmp_path / "s", "path")
+    build(path, seed=9)
+    with pytest.raises(UserError, match=r"the model model = .* is gone or has changed"):
+        load_selector(tmp_path / "s", "path")
+
+
+def test_a_sample_is_as_large_as_it_can_be_and_no_relation_of_what_was_kept_at_random(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw" / "web.jsonl", [{"text": f"document {n} " * 5} for n in range(4000)])
+    best = {"kind": "keep_best", "score": "random", "fraction": 0.1, "of": "documents"}
+    values = {**small_data_values(tmp_path / "raw", tmp_path / "out"), "transforms": [{"kind": "normalise"}, best], "heldout_fraction": 0.4}
+    pool = Pool(prepare(DataConfig.model_validate(values)).folder)
+    there = sum(len(batch) for batch in pool.batches())
+    assert 180 < there < 300 and len(pool.sample(there, seed=0)) == there and len(pool.sample(10**6, seed=0)) == there
+    assert len(pool.sample(50, seed=0)) == 50
+    assert set(pool.sample(50, seed=0).texts) != set(pool.sample(50, seed=1).texts)
+
+
+def test_accuracy_counts_ties_by_halves_and_numbers_alone(models: list[Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from regrowth.data_pipeline.select.choices import accuracy, read_items
+    from regrowth.data_pipeline.select.loss_model import LossModel
+
+    rows = [{"sentence_good": "a fine sentence", "sentence_bad": "a fine sentence"}, {"query": "Question: q", "choices": ["same", "same", "same"], "gold": 2},
+            {"context_options": ["He", "She"], "continuation": "went", "gold": 1}, {"activity_and_ctx": "x", "endings": ["y", "z"], "label": 1},
+            {"question": "q", "choice0": "a", "choice1": "b", "answer": "1"}]  # fmt: skip
+    items = read_items(write_jsonl(tmp_path / "sets.jsonl", rows))
+    model = LossModel(str(models[0]), Losses(device="cpu"), "model")
+    assert accuracy(model, items[:2]) == (pytest.approx((1 / 2 + 1 / 3) / 2), pytest.approx((1 / 2 + 1 / 3) / 2))
+    answers = [a for item in items[2:] for a in item.answers]
+    assert answers[0] == ("He", " went") and answers[2] == ("x", " y") and answers[4] == ("Question: q\nAnswer:", " a")
+    broken = build(tmp_path / "broken")
+    llama = AutoModelForCausalLM.from_pretrained(broken)
+    llama.lm_head.weight.data.fill_(float("nan"))
+    llama.save_pretrained(broken)
+    with pytest.raises(UserError, match="are no numbers"):
+        accuracy(LossModel(str(broken), Losses(device="cpu"), "model"), items)
+    with pytest.raises(UserError, match="no multiple-choice item of a known form"):
+        read_items(write_jsonl(tmp_path / "bad.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 2}]))
 
 
 def test_defaults_are_the_published_ones() -> None:

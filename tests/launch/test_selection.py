@@ -2,6 +2,7 @@
 
 import json
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
@@ -119,11 +120,18 @@ def test_what_a_recipe_lacks_is_said(recipe: Path, capsys: pytest.CaptureFixture
         (["fit", recipe, "selectors.dclm.kind=clasifier"], 'did you mean "classifier"?'),
         (["train-family", recipe, "family.steps=[3]"], "one model has no order"),
         (["train-family", recipe, "family.steps=[3,90]"], "90 is past the end of model's run"),
+        (["fit", recipe, f"target.sources.0.path={recipe.parent}/pool"], "training documents of the pool are held-out text of the target"),
         (["describe", recipe.parent], "no fitted selector is here"),
     ):
         code, told = call(capsys, monkeypatch, "data", "select", *command)
         assert code == 2 and letter in " ".join(told.split()), told
         assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(("count", "t"), [(3, 4.303), (11, 2.228), (21, 2.086), (101, 1.984)])
+def test_the_width_of_intervals_is_students(count: int, t: float) -> None:
+    values = [float(n) for n in range(count)]
+    assert interval(values)[1] == pytest.approx(t * statistics.stdev(values) / count**0.5, rel=2e-3)
 
 
 def test_intervals_are_students() -> None:
