@@ -105,7 +105,7 @@ def runner(model: Path, source: Path, out: Path, workers: int, behind: bool = Tr
     """Seconds of the phase that reads, scores and writes; its processes stand when it begins."""
     shutil.rmtree(out, ignore_errors=True)
     config = DataConfig.model_validate({
-        "folder": str(out), "sources": [{"kind": "jsonl", "path": str(source)}], "item_megabytes": 4.0, "workers": workers,
+        "folder": str(out), "sources": [{"kind": "jsonl", "path": str(source)}], "item_megabytes": 14.0, "workers": workers,
         "transforms": [*([{"kind": "exact_dedup"}] if behind else []), {"kind": "selector", "path": str(model)}],
     })  # fmt: skip
     pipeline = Pipeline.plan_of(config).begin()

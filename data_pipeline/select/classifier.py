@@ -17,13 +17,12 @@ from regrowth.files import atomic_path
 WANTED, UNWANTED = "__label__1", "__label__0"
 MODEL, QUANTISED = "model.bin", "model.ftz"
 _LEAST = 8  # examples of each class
-_BREAKS = str.maketrans("\n\r\0", "   ")
 _BATCH = 1000
 
 
 def one_line(text: str) -> str:
-    """A document as fastText reads it: on one line, and nothing in it that would be taken for a label."""
-    text = text.translate(_BREAKS) if "\r" in text or "\0" in text else text.replace("\n", " ")
+    """A document as fastText reads it: on one line, and nothing in it that would be taken for a label. Other white space, and NUL, part words for fastText as they are."""
+    text = text.replace("\n", " ")
     return text.replace("__label__", "__label_ _") if "__label__" in text else text
 
 
@@ -68,15 +67,12 @@ def train_classifier(positives: list[str], negatives: list[str], config: FastTex
 
 def probabilities(model: Any, texts: list[str], label: str = WANTED) -> np.ndarray:
     """float64 [n]: the probability of a label. Lists, because `predict(str)` fails under numpy 2."""
-    found = np.zeros(len(texts))
+    found: list[float] = []
     for begin in range(0, len(texts), _BATCH):
         # What `predict` calls for a list, without its copies and checks of each line: `one_line` has seen to them.
-        labels, scores = model.f.multilinePredict([f"{text}\n" for text in texts[begin : begin + _BATCH]], -1, 0.0, "strict")
-        for row, (names, values) in enumerate(zip(labels, scores, strict=True), begin):
-            for name, value in zip(names, values, strict=True):
-                if name == label:
-                    found[row] = value
-    return found
+        labels, scores = model.f.multilinePredict([text + "\n" for text in texts[begin : begin + _BATCH]], -1, 0.0, "strict")
+        found += [values[names.index(label)] if label in names else 0.0 for names, values in zip(labels, scores, strict=True)]
+    return np.array(found, np.float64)
 
 
 def _held_to(model: Any, unseen: list[list[str]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from regrowth.errors import UserError
 if TYPE_CHECKING:
     from regrowth.data_pipeline.rephrase.similarity import SimilarityCheck
 
-_WORD = 6  # characters, with the space behind it
+_WORD = 6  # bytes, with the space behind it
 _LEAST = 16  # labelled documents of a regression
 
 
@@ -51,7 +51,7 @@ class _ByFastText(Selector):
         """The probability of the wanted class."""
         self.warm()
         texts = batch.column("text")
-        self.counts["characters"] += pc.sum(pc.utf8_length(texts)).as_py() or 0
+        self.counts["bytes"] += pc.sum(pc.binary_length(texts)).as_py() or 0
         found = probabilities(self._model, [one_line(text) for text in texts.to_pylist()])
         if self._training.calibrate:
             found = platt(found, *self.describe()["findings"].get("platt", (1.0, 0.0)))
@@ -60,8 +60,8 @@ class _ByFastText(Selector):
     @property
     def flops(self) -> float:
         """About: each unigram and n-gram is a vector that is added up; in training it is changed as well."""
-        per_character = 2.0 * self._training.dim * self._training.word_ngrams / _WORD
-        return per_character * (2 * self._training.epochs * self._trained + self.counts["characters"])
+        per_byte = 2.0 * self._training.dim * self._training.word_ngrams / _WORD
+        return per_byte * (2 * self._training.epochs * self._trained + self.counts["bytes"])
 
     def close(self) -> None:
         """Free the classifier."""
