@@ -1,6 +1,7 @@
 """Content hashes: the key of exact deduplication and of the held-out split."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,12 @@ from regrowth.data_pipeline.arrow import pc
 
 def content_hashes(texts: pa.LargeStringArray) -> np.ndarray:
     """xxh3-128 of each text's UTF-8 bytes, as an array of 16-byte strings (dtype S16 would strip trailing nulls, hence V16)."""
-    digests = b"".join(xxhash.xxh3_128_digest(text.as_buffer() or b"") for text in texts)
-    return np.frombuffer(digests, dtype="V16")
+    _, offsets, data = texts.buffers()
+    if not len(texts) or data is None:
+        return np.frombuffer(xxhash.xxh3_128_digest(b"") * len(texts), dtype="V16")
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
+    whole = memoryview(data)
+    return np.frombuffer(b"".join([xxhash.xxh3_128_digest(whole[a:b]) for a, b in pairwise(bounds)]), dtype="V16")
 
 
 REPHRASED = "#rephrase="  # in the `source` of what was written from another document

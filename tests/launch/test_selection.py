@@ -10,6 +10,7 @@ import pytest
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.files import read_json
 from regrowth.launch.intervals import interval
+from regrowth.launch.selection import load_recipe, needs_family
 from tests.conftest import program, prose, write_jsonl
 from tests.launch.helpers import call, regrowth, start, wait_for
 
@@ -126,6 +127,20 @@ def test_what_a_recipe_lacks_is_said(recipe: Path, capsys: pytest.CaptureFixture
         code, told = call(capsys, monkeypatch, "data", "select", *command)
         assert code == 2 and letter in " ".join(told.split()), told
         assert "Traceback" not in told
+
+
+def test_the_shipped_recipe_is_whole_and_asks_for_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("selection", [])
+    assert recipe.compare.baseline in recipe.selectors and {needs_family(config, recipe) for config in recipe.selectors.values()} == {
+        True,
+        False,
+    }
+    code, told = call(
+        capsys, monkeypatch, "data", "select", "compare", "selection", f"data.sources.0.path={tmp_path}/nothing", f"out={tmp_path}/out"
+    )
+    assert code == 2 and "nothing" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(("count", "t"), [(3, 4.303), (11, 2.228), (21, 2.086), (101, 1.984)])
