@@ -79,13 +79,17 @@ def chosen_selectors(recipe: SelectionRecipe, only: str) -> dict[str, Any]:
 
 def _resolved(recipe: SelectionRecipe, config: Any) -> Any:
     changes: dict[str, Any] = {}
+    # What is written down about a selector holds from any working folder.
     for key in config.models:
-        if str(path := getattr(config, key)).startswith(_FAMILY):
-            changes[key] = str((recipe.out / path).resolve())
+        path = recipe.out / getattr(config, key) if str(getattr(config, key)).startswith(_FAMILY) else Path(getattr(config, key))
+        if path.is_dir() or str(getattr(config, key)).startswith(_FAMILY):  # else a name on the Hub
+            changes[key] = str(path.resolve())
+    if hasattr(config, "losses"):
+        changes["losses"] = config.losses.model_copy(update={"cache": config.losses.cache.resolve()})
     if config.kind == "preselect" and str(config.models_file) == "family":
-        changes["models_file"] = recipe.family_models()
+        changes["models_file"] = recipe.family_models().resolve()
     if config.kind == "length_matched" and str(config.like) in recipe.selectors:
-        changes["like"] = recipe.out / "selectors" / str(config.like)
+        changes["like"] = (recipe.out / "selectors" / str(config.like)).resolve()
     return config.model_copy(update=changes)
 
 

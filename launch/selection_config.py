@@ -74,6 +74,14 @@ class SelectionRecipe(Settings):
         return value
 
     @model_validator(mode="after")
+    def _judged_by_something_else(self) -> "SelectionRecipe":
+        if self.family and (both := set(self.family.choices) & set(self.compare.choices)):
+            raise ValueError(
+                f"family.choices and compare.choices both have {', '.join(map(str, sorted(both)))}: models would be ordered by what selectors are judged by"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_is_a_run(self) -> "SelectionRecipe":
         for section in ("data", "mixing"):
             if section in self.training:

@@ -15,6 +15,7 @@ from regrowth.files import fingerprint
 # Numbers that are turned into losses at once, and tokens of a forward pass: as many as keep a GPU busy; as few as stay in a processor's cache.
 _LOGITS_AT_ONCE, _LOGITS_IN_CACHE = 1 << 26, 1 << 18
 _TOKENS_AT_ONCE, _TOKENS_IN_CACHE = 1 << 15, 1 << 11
+_PROBE = "Untrained tokenizers' mergers, 1,234.56 of them, cut   white\n\tspace, naïve accents, 漢字 and 🙂 alike: reinstitutionalisation."
 
 
 class Scored(NamedTuple):
@@ -62,8 +63,9 @@ class LossModel:
 
     @property
     def vocabulary(self) -> str:
-        """A hash of the tokenizer: equal where tokens mean the same."""
-        return fingerprint(sorted(self.tokenizer.get_vocab().items()))
+        """A hash of the tokenizer: equal where tokens mean the same, and a probe is cut alike."""
+        cut = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        return fingerprint([sorted(self.tokenizer.get_vocab().items()), cut, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id])
 
     @property
     def _where(self) -> str:

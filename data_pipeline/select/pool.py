@@ -25,14 +25,14 @@ class Sample:
     texts: list[str]
     hashes: list[bytes]  # of their contents
     groups: list[str]
-    batches: list[pa.RecordBatch]
+    scores: list[pa.MapArray]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def score(self, name: str) -> np.ndarray:
         """float32 [n]: a score that they have, NaN where they do not."""
-        return np.concatenate([score_of(batch.column("scores"), name, np.nan) for batch in self.batches] or [np.zeros(0, np.float32)])
+        return np.concatenate([score_of(scores, name, np.nan) for scores in self.scores] or [np.zeros(0, np.float32)])
 
 
 class Pool:
@@ -118,7 +118,7 @@ class Pool:
                 found.texts.extend(some.column("text").to_pylist())
                 found.hashes.extend(some.column("content_hash").to_pylist())
                 found.groups.extend(groups_of(some, per))
-                found.batches.append(some)
+                found.scores.append(some.column("scores"))  # pyright: ignore[reportArgumentType]
         return found
 
 

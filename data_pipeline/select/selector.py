@@ -79,7 +79,10 @@ def fit_selector(config: SelectorSettings, folder: Path, pool: Pool, target: Poo
     selector = build_selector(config, folder)
     wanted = {
         "format": FORMAT,
-        "config": essence(config),
+        # Files and models are known by what is in them (`inputs`), not by where they lie.
+        "config": {
+            key: value for key, value in essence(config).items() if key not in (*config.inputs, *config.models, "models_file", "like")
+        },
         "version": selector.version,
         "pool": pool.mark,
         "target": target.mark if target and config.needs_target else None,

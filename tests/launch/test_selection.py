@@ -121,6 +121,7 @@ def test_what_a_recipe_lacks_is_said(recipe: Path, capsys: pytest.CaptureFixture
         (["fit", recipe, "selectors.dclm.kind=clasifier"], 'did you mean "classifier"?'),
         (["train-family", recipe, "family.steps=[3]"], "one model has no order"),
         (["train-family", recipe, "family.steps=[3,90]"], "90 is past the end of model's run"),
+        (["fit", recipe, f'family.choices=["{recipe.parent}/choices.jsonl"]'], "models would be ordered by what selectors are judged by"),
         (["fit", recipe, f"target.sources.0.path={recipe.parent}/pool"], "training documents of the pool are held-out text of the target"),
         (["describe", recipe.parent], "no fitted selector is here"),
     ):
