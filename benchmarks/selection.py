@@ -31,10 +31,11 @@ from regrowth.data_pipeline.select.config import FastTextTraining, Losses, Selec
 from regrowth.data_pipeline.select.loss_model import LossModel
 from regrowth.data_pipeline.select.record import FORMAT
 from regrowth.data_pipeline.select.windows import windows
-from regrowth.data_pipeline.transforms.choosing import load_fasttext
+from regrowth.data_pipeline.transforms.fasttext_score import load_fasttext
 from regrowth.files import fingerprint, sha256_of, write_json
 
 DATA = Path(os.environ.get("REGROWTH_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+_FILES = 8
 DOMAINS = ("news_wikinews", "encyclopedia_enwiki", "dialogue_sgd", "sci_abstracts_arxiv")
 
 
@@ -105,7 +106,8 @@ def runner(model: Path, source: Path, out: Path, workers: int, behind: bool = Tr
     """Seconds of the phase that reads, scores and writes; its processes stand when it begins."""
     shutil.rmtree(out, ignore_errors=True)
     config = DataConfig.model_validate({
-        "folder": str(out), "sources": [{"kind": "jsonl", "path": str(source)}], "item_megabytes": 14.0, "workers": workers,
+        "folder": str(out), "sources": [{"kind": "jsonl", "path": str(source)}], "workers": workers,
+        "item_megabytes": 32.0,
         "transforms": [*([{"kind": "exact_dedup"}] if behind else []), {"kind": "selector", "path": str(model)}],
     })  # fmt: skip
     pipeline = Pipeline.plan_of(config).begin()
@@ -179,7 +181,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if chosen.only != "losses":
-            console.print(score_with_fasttext(folder, texts(8.0 if chosen.quick else 60.0), rounds))
+            documents = texts(8.0 if chosen.quick else 60.0)
+            # Several times, each time with another end, so that items are nearly as large as a run's and no document is dropped as a copy.
+            several = [f"{text} {copy}" for copy in range(1 if chosen.quick else 4) for text in documents]
+            console.print(score_with_fasttext(folder, several, rounds))
         if chosen.only != "fasttext":
             console.print(take_losses(folder, chosen.quick, rounds))
 
@@ -189,8 +194,10 @@ def score_with_fasttext(folder: Path, documents: list[str], rounds: int) -> Tabl
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in documents) / 1e6
     model = classifier(folder / "model", documents)
     (folder / "raw").mkdir()
-    for number in range(8):
-        (folder / "raw" / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[number::8]))
+    each = -(-len(documents) // _FILES)
+    for number in range(_FILES):  # in the order in which the library has them: whose words the cache still holds is a matter of order
+        some = documents[number * each : (number + 1) * each]
+        (folder / "raw" / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
     measured = {
         "library alone, one process": lambda: bare(model, documents),
         "runner, one process": lambda: runner(model, folder / "raw", folder / "out", 1),

@@ -306,17 +306,17 @@ class Parts:
         """The documents of a part that stay, with line edits made; the others are handed to `drop`, and both are counted."""
         gone = [removal.rows(part) for removal in self.removals]
         for start, batch in self.batches(part):
-            keep = np.ones(len(batch), dtype=bool)
+            keep, left = np.ones(len(batch), dtype=bool), batch
             for removal, rows in zip(self.removals, gone, strict=True):
                 here = rows[(rows >= start) & (rows < start + len(batch))] - start
-                chosen = batch.take(pa.array(here)).select(DOCUMENT.names)
-                drop(mark_dropped(chosen, removal.name, [removal.reason] * len(chosen)))
-                keep[here] = False
-                count(funnel, batch.filter(pa.array(keep)), removal.name, "")
+                if len(here):  # else the batch stays what it is: a mapped file, of which nothing is copied
+                    chosen = batch.take(pa.array(here)).select(DOCUMENT.names)
+                    drop(mark_dropped(chosen, removal.name, [removal.reason] * len(chosen)))
+                    keep[here] = False
+                    left = batch.filter(pa.array(keep))
+                count(funnel, left, removal.name, "")
             if self.edits is not None:
-                batch = self.edits.apply(part, start, batch, keep, drop)
-                count(funnel, batch, self.edits.kind, "")
-            elif not keep.all():
-                batch = batch.filter(pa.array(keep))
-            if len(batch):
-                yield batch
+                left = self.edits.apply(part, start, batch, keep, drop)
+                count(funnel, left, self.edits.kind, "")
+            if len(left):
+                yield left

@@ -5,25 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from regrowth.data_pipeline.select.config import FastTextTraining
 from regrowth.data_pipeline.select.fasttext_process import train_in_process
 from regrowth.data_pipeline.select.measures import average_precision, best_threshold, calibration_error, fit_platt, platt, roc_auc
-from regrowth.data_pipeline.transforms.choosing import load_fasttext
+from regrowth.data_pipeline.transforms.fasttext_score import LABEL, NO_LABEL, load_fasttext, probabilities
 from regrowth.errors import UserError
 from regrowth.files import atomic_path
 
 WANTED, UNWANTED = "__label__1", "__label__0"
 MODEL, QUANTISED = "model.bin", "model.ftz"
 _LEAST = 8  # examples of each class
-_BATCH = 1000
 
 
 def one_line(text: str) -> str:
-    """A document as fastText reads it: on one line, and nothing in it that would be taken for a label. Other white space, and NUL, part words for fastText as they are."""
-    text = text.replace("\n", " ")
-    return text.replace("__label__", "__label_ _") if "__label__" in text else text
+    """A document as fastText's training reads it: on one line, and nothing in it that would be taken for a label. Other white space, and NUL, part words for fastText as they are."""
+    return text.replace("\n", " ").replace(LABEL, NO_LABEL).encode("utf-8", "replace").decode()  # surrogates, of JSON's escapes
 
 
 def train_classifier(positives: list[str], negatives: list[str], config: FastTextTraining, folder: Path) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def train_classifier(positives: list[str], negatives: list[str], config: FastTex
     drawn = [sorted(side, key=lambda text: _draw(text, config.seed + 1))[:size] for side in train]
     rows = [f"{label} {text}\n" for label, side in zip((WANTED, UNWANTED), drawn, strict=True) for text in side]
     np.random.default_rng(config.seed).shuffle(rows)
-    path.write_text("".join(rows), encoding="utf-8", errors="replace")
+    path.write_text("".join(rows), encoding="utf-8")
     arguments = {"input": str(path), "epoch": config.epochs, "lr": config.lr, "wordNgrams": config.word_ngrams, "dim": config.dim, "bucket": config.buckets,
                  "minCount": config.min_count, "thread": 1, "seed": config.seed, "verbose": 0}  # fmt: skip
     try:
@@ -65,21 +64,11 @@ def train_classifier(positives: list[str], negatives: list[str], config: FastTex
     return findings
 
 
-def probabilities(model: Any, texts: list[str], label: str = WANTED) -> np.ndarray:
-    """float64 [n]: the probability of a label. Lists, because `predict(str)` fails under numpy 2."""
-    found: list[float] = []
-    for begin in range(0, len(texts), _BATCH):
-        # What `predict` calls for a list, without its copies and checks of each line: `one_line` has seen to them.
-        labels, scores = model.f.multilinePredict([text + "\n" for text in texts[begin : begin + _BATCH]], -1, 0.0, "strict")
-        found += [values[names.index(label)] if label in names else 0.0 for names, values in zip(labels, scores, strict=True)]
-    return np.array(found, np.float64)
-
-
 def _held_to(model: Any, unseen: list[list[str]]) -> dict[str, Any]:
     """How well a model tells what it has not seen; nothing where a class has none."""
     if not all(unseen):
         return {"held_out": [len(side) for side in unseen]}
-    scores = probabilities(model, [text for side in unseen for text in side])
+    scores = probabilities(model, pa.array([text for side in unseen for text in side], pa.large_string()), WANTED)  # pyright: ignore[reportArgumentType]
     wanted = np.repeat([True, False], [len(side) for side in unseen])
     slope, offset = fit_platt(scores, wanted)
     return {

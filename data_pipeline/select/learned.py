@@ -9,7 +9,7 @@ import xxhash
 
 from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.phases.curate import load, save
-from regrowth.data_pipeline.select.classifier import MODEL, one_line, probabilities, train_classifier
+from regrowth.data_pipeline.select.classifier import MODEL, WANTED, train_classifier
 from regrowth.data_pipeline.select.config import Classifier, FastTextTraining, Regression
 from regrowth.data_pipeline.select.labelled import read_labelled, texts_of
 from regrowth.data_pipeline.select.loss_store import Tell
@@ -17,7 +17,7 @@ from regrowth.data_pipeline.select.measures import platt, roc_auc
 from regrowth.data_pipeline.select.pool import Pool
 from regrowth.data_pipeline.select.selector import Selector
 from regrowth.data_pipeline.transform_config import Similarity
-from regrowth.data_pipeline.transforms.choosing import load_fasttext
+from regrowth.data_pipeline.transforms.fasttext_score import load_fasttext, probabilities
 from regrowth.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _ByFastText(Selector):
         self.warm()
         texts = batch.column("text")
         self.counts["bytes"] += pc.sum(pc.binary_length(texts)).as_py() or 0
-        found = probabilities(self._model, [one_line(text) for text in texts.to_pylist()])
+        found = probabilities(self._model, texts, WANTED, hide_labels=True)  # pyright: ignore[reportArgumentType]
         if self._training.calibrate:
             found = platt(found, *self.describe()["findings"].get("platt", (1.0, 0.0)))
         return found

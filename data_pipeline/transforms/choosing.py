@@ -1,4 +1,4 @@
-"""Filters that ask something outside the text's form: its language, its address, a classifier, a word list, the evaluation sets."""
+"""Filters that ask something outside the text's form: its language, its address, a word list, the evaluation sets."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from regrowth.data_pipeline.arrow import pc
 from regrowth.data_pipeline.sources.base import read_lines
 from regrowth.data_pipeline.sources.files import JSONL
 from regrowth.data_pipeline.sources.paths import find_files, open_packed
-from regrowth.data_pipeline.transform_config import BlockedWords, Decontaminate, FastTextScore, Language, UrlFilter
+from regrowth.data_pipeline.transform_config import BlockedWords, Decontaminate, Language, UrlFilter
 from regrowth.data_pipeline.transforms.base import Filter, Verdict, append_score, part, with_columns
+from regrowth.data_pipeline.transforms.fasttext_score import load_fasttext
 from regrowth.errors import UserError, need
 
 _LANGUAGE_CHARACTERS = 4000  # a language shows in the first pages
@@ -57,52 +58,6 @@ class LanguageFilter(Filter):
         verdict.drop(scores < self.config.min_score, "unsure_language")
         named = with_columns(batch, meta=pa.array(meta, pa.string()), scores=append_score(batch.column("scores"), "language", scores))
         return part(named, verdict, self.name, self.level)
-
-
-def load_fasttext(path: str, key: str) -> Any:
-    """A fastText model.
-
-    Raises:
-        UserError: the package or the file is missing, or it is not a model.
-    """
-    fasttext = need("fasttext", "scoring with a fastText model")
-    if not Path(path).is_file():
-        raise UserError(f"{key} = {path}: there is no such file.")
-    try:
-        return fasttext.load_model(path)
-    except ValueError as error:
-        raise UserError(f"{key} = {path}: not a fastText model ({error}).") from error
-
-
-class FastTextScorer(Filter):
-    """Adds a score to each document (the probability of one label); with a threshold, drops with: low_NAME."""
-
-    name = "fasttext"
-    level = 3
-
-    def __init__(self, config: FastTextScore) -> None:
-        self.config = config
-        self._model = load_fasttext(config.model, "data.transforms.model")
-        if config.label not in (labels := self._model.get_labels()):
-            raise UserError(f'data.transforms.label = "{config.label}": {config.model} has the labels {", ".join(labels[:20])}.')
-
-    def score(self, texts: list[str]) -> np.ndarray:
-        """float32 [n]: the probability of the label. Lists, because `predict(str)` fails under numpy 2."""
-        limit = self.config.scored_characters
-        prepared = [(text[:limit] if limit else text).replace("\n", " ") for text in texts]
-        labels, scores = self._model.predict(prepared, k=-1)
-        return np.array(
-            [dict(zip(names, values, strict=True)).get(self.config.label, 0.0) for names, values in zip(labels, scores, strict=True)],
-            np.float32,
-        )
-
-    def __call__(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
-        scores = self.score(batch.column("text").to_pylist())
-        named = with_columns(batch, scores=append_score(batch.column("scores"), self.config.name, scores))
-        verdict = Verdict.keep_all(len(batch))
-        if self.config.min_score is not None:
-            verdict.drop(scores < self.config.min_score, f"low_{self.config.name}")
-        return part(named, verdict, self.name, self.level if self.config.min_score is not None else 0)
 
 
 def read_list(path: str, key: str) -> list[str]:

@@ -10,13 +10,18 @@ import xxhash
 from regrowth.data_pipeline.arrow import pc
 
 
-def content_hashes(texts: pa.LargeStringArray) -> np.ndarray:
-    """xxh3-128 of each text's UTF-8 bytes, as an array of 16-byte strings (dtype S16 would strip trailing nulls, hence V16)."""
+def text_bytes(texts: pa.LargeStringArray) -> tuple[list[int], memoryview]:
+    """The UTF-8 bytes of all texts, as they lie in memory, and the n + 1 places between them: one text after the other, without a string of each."""
     _, offsets, data = texts.buffers()
     if not len(texts) or data is None:
-        return np.frombuffer(xxhash.xxh3_128_digest(b"") * len(texts), dtype="V16")
-    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    whole = memoryview(data)
+        return [0] * (len(texts) + 1), memoryview(b"")
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return (bounds - bounds[0]).tolist(), memoryview(data)[bounds[0] : bounds[-1]]
+
+
+def content_hashes(texts: pa.LargeStringArray) -> np.ndarray:
+    """xxh3-128 of each text's UTF-8 bytes, as an array of 16-byte strings (dtype S16 would strip trailing nulls, hence V16)."""
+    bounds, whole = text_bytes(texts)
     return np.frombuffer(b"".join([xxhash.xxh3_128_digest(whole[a:b]) for a, b in pairwise(bounds)]), dtype="V16")
 
 

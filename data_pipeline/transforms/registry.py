@@ -44,11 +44,14 @@ def _build(transform: Any) -> Any:
         from regrowth.data_pipeline.transforms import selecting
 
         return selecting.SelectorScorer(transform) if isinstance(transform, config.SelectorScore) else selecting.StrengthScorer(transform)
+    if isinstance(transform, config.FastTextScore):
+        from regrowth.data_pipeline.transforms.fasttext_score import FastTextScorer
+
+        return FastTextScorer(transform)
     from regrowth.data_pipeline.transforms import choosing
 
     others = {
         config.Language: choosing.LanguageFilter,
-        config.FastTextScore: choosing.FastTextScorer,
         config.UrlFilter: choosing.UrlRules,
         config.BlockedWords: choosing.BlockedWordsFilter,
         config.Decontaminate: choosing.Decontaminator,

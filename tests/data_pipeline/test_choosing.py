@@ -12,6 +12,7 @@ from regrowth.data_pipeline import transform_config as tc
 from regrowth.data_pipeline.document import Raw, to_batches
 from regrowth.data_pipeline.transforms import choosing, cleaning
 from regrowth.data_pipeline.transforms.base import append_score, score_of
+from regrowth.data_pipeline.transforms.fasttext_score import FastTextScorer, lines_of, load_fasttext, probabilities
 from regrowth.errors import UserError
 from tests.conftest import prose, write_jsonl
 
@@ -102,18 +103,25 @@ def test_a_fasttext_classifier_scores_and_drops(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\n".join(line.replace("\n", " ") for line in lines))
     fasttext.train_supervised(str(tmp_path / "train.txt"), epoch=10, wordNgrams=2, thread=1, verbose=0).save_model(str(tmp_path / "m.bin"))
     good, bad = prose(999, 4), " ".join(["xxx yyy zzz"] * 20)
-    scorer = choosing.FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin")))
+    scorer = FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin")))
     kept, dropped = scorer(batch_of(good, bad))
     assert dropped is None and len(kept) == 2
     scores = score_of(kept.column("scores"), "quality")
     assert scores[0] > 0.9 > 0.1 > scores[1]
-    strict = choosing.FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin"), min_score=0.5, name="taste"))
+    odd = [good, "", "a\n\nb", "nul \0 and \r\x85 \u2028", "__label__1 x", "naïve 漢字 🙂", bad, "\n"]
+    labels, said = scorer._model.predict([text.replace("\n", " ") for text in odd[1:-1]], k=-1)
+    wanted = [dict(zip(names, values, strict=True)).get("__label__1", 0.0) for names, values in zip(labels, said, strict=True)]
+    part: pa.LargeStringArray = batch_of("before", *odd).column("text").slice(2, 6)  # pyright: ignore[reportAssignmentType]
+    assert probabilities(scorer._model, part, "__label__1").tolist() == wanted, "as the library itself says"
+    assert lines_of(part, hide_labels=True)[3] == b"__label_ _1 x\n"
+    assert lines_of(pa.array([], pa.large_string())) == [] and lines_of(pa.array(["", ""], pa.large_string())) == [b"\n", b"\n"]
+    strict = FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin"), min_score=0.5, name="taste"))
     assert outcome(strict, batch_of(good, bad)) == ([good], ["low_taste"])
     with pytest.raises(UserError, match=r"__label__9.*has the labels"):
-        choosing.FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin"), label="__label__9"))
+        FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin"), label="__label__9"))
     (tmp_path / "no.bin").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a fastText model"):
-        choosing.load_fasttext(str(tmp_path / "no.bin"), "data.transforms.model")
+        load_fasttext(str(tmp_path / "no.bin"), "data.transforms.model")
 
 
 def test_evaluation_items_are_found_however_they_are_spelled(tmp_path: Path) -> None:

@@ -267,8 +267,8 @@ def test_a_selector_of_the_target_needs_one(corpora: tuple[Pool, Pool], tmp_path
 
 
 def test_text_that_looks_like_a_label_is_none(tmp_path: Path) -> None:
-    assert one_line("a\nb __label__1\n") == "a b __label_ _1 "
-    good = [f"__label__0 fine words {n} here" for n in range(40)]
+    assert one_line("a\nb __label__1\n\ud800") == "a b __label_ _1 ?"
+    good = [f"__label__0 fine words {n} here \ud800" for n in range(40)]
     bad = [f"__label__1 other\rthings\0 {n} there" for n in range(40)]
     findings = train_classifier(good, bad, FastTextTraining(**FAST), tmp_path)  # pyright: ignore[reportArgumentType]
     assert findings["roc_auc"] == 1.0
