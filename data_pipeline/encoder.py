@@ -6,7 +6,6 @@ reference (the two treat those differently).
 """
 
 import itertools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -141,12 +140,6 @@ def choose_engine(tokenizer: Tokenizer, sample: Iterable[str], wanted: Literal["
 def build_encoder(tokenizer: Tokenizer, name: str) -> Encoder:
     """The encoder of that name."""
     return FastEncoder(tokenizer) if name == "fastokens" else ReferenceEncoder(tokenizer)
-
-
-def one_thread_each() -> None:
-    """Keep encoders to one thread in this process: several workers share the cores."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 
 def engine_file(folder: Path) -> Path:

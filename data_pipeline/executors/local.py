@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from regrowth.data_pipeline.encoder import one_thread_each
+from regrowth.data_pipeline.executors.cores import take_threads, usable_cores
 from regrowth.data_pipeline.executors.ranks import pass_gates, run_alone
 from regrowth.data_pipeline.phases.base import Phase
 from regrowth.data_pipeline.pipeline import Pipeline
@@ -55,10 +55,10 @@ def run_local(pipeline: Pipeline, workers: int, report: Progress) -> None:
 
 
 class _Worker:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, str(root)), daemon=True)
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, str(root), threads), daemon=True)
         with _ignoring_interrupts():  # Ctrl-C is the parent's business; a worker's task is whole or absent anyway
             self.process.start()
         theirs.close()
@@ -132,7 +132,7 @@ class _Team:
             if worker.task is None:
                 return worker
         if len(self.workers) < min(self.size, wanted + sum(w.task is not None for w in self.workers)):
-            self.workers.append(_Worker(self.root))
+            self.workers.append(_Worker(self.root, usable_cores() // self.size))
             return self.workers[-1]
         return None
 
@@ -161,9 +161,9 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _serve(pipe: Connection, root: str) -> None:
+def _serve(pipe: Connection, root: str, threads: int) -> None:
     """A worker: tasks in, None or an error out, until the pipe closes."""
-    one_thread_each()
+    take_threads(threads)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     pipeline = Pipeline.open(Path(root))
     while True:

@@ -19,12 +19,12 @@ def run_mpi(config: DataConfig, report: Progress, retry_failed: bool = False) ->
     """
     world = MpiRanks()
     root = world.first(lambda: str(reopened(Pipeline.plan_of(config).begin(), retry_failed).root))
-    pipeline = Pipeline.open(Path(root))
+    pipeline, (_, beside) = Pipeline.open(Path(root)), world.on_this_host()
     for number, phase in enumerate(pipeline.phases):
         world.first(lambda n=number: pass_gates(pipeline, n, config.executor.max_failed))
         if world.rank == 0:
             report(phase.name, 0, world.size)
-        world.together(lambda n=number: work(pipeline, n, world.rank, world.size))
+        world.together(lambda n=number: work(pipeline, n, world.rank, world.size, beside=beside))
         if world.rank == 0:
             report(phase.name, world.size, world.size)
     world.first(lambda: pass_gates(pipeline, len(pipeline.phases), config.executor.max_failed))

@@ -1,23 +1,32 @@
 """One rank of many does its share of a phase: what MPI ranks and Slurm array tasks call. Ranks need not know of each other."""
 
+import os
 import traceback
 from collections.abc import Callable
 
-from regrowth.data_pipeline.encoder import one_thread_each
+from regrowth.data_pipeline.executors.cores import take_threads, usable_cores
 from regrowth.data_pipeline.phases.base import assigned
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import RegrowthError, RunFailed, Stopped
 
 
 def work(
-    pipeline: Pipeline, phase_number: int, rank: int, world_size: int, on_done: Callable[[int], None] = lambda _: None
+    pipeline: Pipeline,
+    phase_number: int,
+    rank: int,
+    world_size: int,
+    on_done: Callable[[int], None] = lambda _: None,
+    beside: int = 1,
 ) -> tuple[int, list[str]]:
     """Do this rank's tasks of a phase, the settled phases before it taken for granted; returns how many were done, and letters of those that failed.
+
+    Args:
+        beside: the ranks of this machine, which share its cores unless each is bound to its own.
 
     Raises:
         Stopped: an end was asked for.
     """
-    one_thread_each()
+    take_threads(min(usable_cores(), (os.cpu_count() or 1) // beside))
     phase = pipeline.phases[phase_number]
     if phase.settled:
         return 0, []
