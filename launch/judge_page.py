@@ -9,18 +9,23 @@ from regrowth.launch.intervals import interval
 if TYPE_CHECKING:
     from regrowth.launch.judge import Outcome
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
-svg{width:100%;height:auto}text{font:12px system-ui,sans-serif;fill:currentColor}.zero{stroke:#888;stroke-dasharray:4 3}
-.mine{stroke:#0072B2;fill:#0072B2}.counted{stroke:#D55E00;fill:#D55E00}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}svg{width:100%;height:auto}
 @media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}"""
+_DRAWING = """svg{color:#1b1b1b}text{font:12px system-ui,sans-serif;fill:currentColor}.zero{stroke:#888;stroke-dasharray:4 3}
+.mine{stroke:#0072B2;fill:#0072B2}.counted{stroke:#D55E00;fill:#D55E00}@media(prefers-color-scheme:dark){svg{color:#eee}}"""
 _WIDTH, _LEFT, _ROW = 760, 170, 34
 
 
 def page(outcomes: "list[Outcome]", baseline: str, title: str) -> str:
     """The page: a plot of each measure that there is."""
+    labels = {
+        "bits_per_byte": "bits per byte of the target's held-out text, difference (left is better)",
+        "accuracy": "mean accuracy on multiple choice, difference (right is better)",
+    }
     plots = [
-        _plot(outcomes, baseline, "bits_per_byte", "bits per byte of the target's held-out text, difference (left is better)"),
-        _plot(outcomes, baseline, "accuracy", "mean accuracy on multiple choice, difference (right is better)"),
+        f"<figure><figcaption>{escape(label)}</figcaption>{drawing}</figure>"
+        for measure, label in labels.items()
+        if (drawing := plot(outcomes, baseline, measure))
     ]
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>Selectors beside {escape(baseline)}</h1><p>Each selector's subset of one pool trained the same model, for the same tokens and from the same seeds. Bars are 95% intervals over
@@ -29,7 +34,8 @@ paired seeds. <span style="color:#0072B2">Blue</span>: equal tokens. <span style
 """
 
 
-def _plot(outcomes: "list[Outcome]", baseline: str, measure: str, label: str) -> str:
+def plot(outcomes: "list[Outcome]", baseline: str, measure: str) -> str:
+    """An SVG of the paired differences in "bits_per_byte" or "accuracy", the best first; empty where nothing was measured."""
     from regrowth.launch.judge import paired
 
     base = next(outcome for outcome in outcomes if outcome.name == baseline)
@@ -64,9 +70,7 @@ def _plot(outcomes: "list[Outcome]", baseline: str, measure: str, label: str) ->
             if pair:
                 parts.append(_bar(kind, pair[0], pair[1], at, x))
     parts += [f'<text x="{x(value):.1f}" y="{height - 12}" text-anchor="middle">{value:+.4f}</text>' for value in (low, 0.0, high)]
-    return (
-        f'<figure><figcaption>{escape(label)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(parts)}</svg></figure>'
-    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"><style>{_DRAWING}</style>{"".join(parts)}</svg>'
 
 
 def _bar(kind: str, mean: float, half: float, y: float, x) -> str:  # type: ignore[no-untyped-def]

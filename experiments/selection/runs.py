@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from grid import DATA
 
 from regrowth.files import read_json, write_json, write_text
-from regrowth.launch.judge import compare
+from regrowth.launch.judge import Outcome, compare
+from regrowth.launch.judge_page import plot
 
 # Megabytes of text of each domain in the pool.
 POOL = {
@@ -130,7 +131,9 @@ def main() -> None:
     write_texts(out, chosen.target)
     write_text(out / "recipe.toml", tomli_w.dumps(recipe(out, chosen.target, chosen.seeds, chosen.at_once)))
     compare(str(out / "recipe.toml"), [], chosen.only, chosen.table)
-    write_json(chosen.results, read_json(out / "comparison.json"))
+    outcomes = read_json(out / "comparison.json")
+    write_json(chosen.results, outcomes)
+    write_text(chosen.results.with_suffix(".svg"), plot([Outcome(**row) for row in outcomes], "random", "bits_per_byte"))
 
 
 if __name__ == "__main__":
