@@ -95,12 +95,16 @@ def judge(recipe: SelectionRecipe, only: str, console: Console) -> None:
     choices = {path.name.split(".")[0]: read_items(path, rules.items) for path in rules.choices}
     fit_all(recipe, chosen, pool, target, console)
     outcomes = [_subset(recipe, name, config, pool, console) for name, config in chosen.items()]
-    for seed in range(rules.seeds):  # seed after seed, so that there is something to look at early
-        plans = [(o, root, counted) for o, root in outcomes for counted in ((False, True) if o.counted_steps else (False,))]
-        configs = [_run(recipe, o, root, seed, counted) for o, root, counted in plans]
-        runs = train_all(configs, rules.at_once, f"seed {seed}", console)
-        for (outcome, _, counted), config, run in zip(plans, configs, runs, strict=True):
-            (outcome.counted if counted else outcome.runs)[str(seed)] = _judged(recipe, run, config, held, choices)
+    plans = [  # seed after seed, so that there is something to look at early
+        (seed, outcome, root, counted)
+        for seed in range(rules.seeds)
+        for outcome, root in outcomes
+        for counted in ((False, True) if outcome.counted_steps else (False,))
+    ]
+    configs = [_run(recipe, outcome, root, seed, counted) for seed, outcome, root, counted in plans]
+    for place, run in train_all(configs, rules.at_once, "comparison", console):
+        seed, outcome, _, counted = plans[place]
+        (outcome.counted if counted else outcome.runs)[str(seed)] = _judged(recipe, run, configs[place], held, choices)
         write_json(recipe.out / "comparison.json", [asdict(outcome) for outcome, _ in outcomes])
 
 

@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.console import Console
@@ -28,25 +28,35 @@ def find_run(config: RunConfig) -> RunFolder | None:
     return None
 
 
-def train_all(configs: Sequence[RunConfig], at_once: int, what: str, console: Console) -> list[RunFolder]:
-    """The finished runs of these configs; what is finished already is taken as it is.
+def train_all(configs: Sequence[RunConfig], at_once: int, what: str, console: Console) -> Iterator[tuple[int, RunFolder]]:
+    """(place among the configs, finished run) of each as it ends, begun in this order; what is finished already is taken as it is, and comes first.
 
     Raises:
-        RunFailed: a run did not reach its end; the others are kept.
+        RunFailed: a run did not reach its end; the others are trained before it is told.
     """
-    missing = [config for config in configs if not ((run := find_run(config)) and run.finished)]
+    found = [find_run(config) for config in configs]
+    yield from ((place, run) for place, run in enumerate(found) if run and run.finished)
+    missing = [place for place, run in enumerate(found) if not (run and run.finished)]
+    failed: list[BaseException] = []
     with ThreadPoolExecutor(at_once) as pool:
-        begun = [pool.submit(_train, config) for config in missing]
+        begun = {pool.submit(_train, configs[place]): place for place in missing}
         try:
-            for run in track(begun, f"{what}: {len(missing)} runs", console=console, disable=not missing or not console.is_terminal):
-                run.exception()  # waits
+            for run in track(
+                as_completed(begun),
+                f"{what}: {len(missing)} runs",
+                len(missing),
+                console=console,
+                disable=not missing or not console.is_terminal,
+            ):
+                if error := run.exception():
+                    failed.append(error)
+                elif done := find_run(configs[begun[run]]):
+                    yield begun[run], done
         except BaseException:  # those that are running are stopped by the same Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for run in begun:
-        run.result()
-    found = [find_run(config) for config in configs]
-    return [run for run in found if run is not None]
+    if failed:
+        raise failed[0]
 
 
 def _train(config: RunConfig) -> None:
