@@ -54,7 +54,7 @@ def texts(megabytes: float) -> list[str]:
 
 
 def classifier(folder: Path, documents: list[str]) -> Path:
-    """A fitted selector's folder: the first half of the documents beside the second."""
+    """A fitted selector's folder. What it learns does not matter here."""
     config = SelectorChoice.model_validate({"selectors": {"one": {"kind": "classifier"}}}).selectors["one"]
     folder.mkdir()
     half = len(documents) // 2

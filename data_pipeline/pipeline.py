@@ -281,7 +281,7 @@ def _inputs(config: DataConfig) -> dict[str, str]:
             inputs[f"transforms.{number}.selector"] = read_record(transform.path, f"data.transforms.{number}.path")["mark"]
         if isinstance(transform, Strength):
             for model, score in zip(*load_models(transform.models_file, transform.target), strict=True):
-                inputs[f"transforms.{number}.models.{model.name}"] = f"{model_mark(model.path)} {score:g}"
+                inputs[f"transforms.{number}.models.{model.name}"] = f"{model_mark(model.path)} {score!r}"
         if isinstance(transform, Decontaminate):
             listed = find_files(transform.path, JSONL, f"data.transforms.{number}.path")
             inputs[f"transforms.{number}.path"] = fingerprint([asdict(found) for found in listed])

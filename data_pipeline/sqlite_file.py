@@ -32,7 +32,10 @@ class SqliteFile:
 
     def __init__(self, path: Path, what: str, key: str, tables: tuple[str, ...], layout: int) -> None:
         self.path, self.what, self.key = path, what, key
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{key} = {path}: its folder cannot be made ({error.strerror}). Name another with {key}.") from error
         self._of_thread, self._open = threading.local(), []
         with self.told():
             for statement in tables:

@@ -75,7 +75,7 @@ class SelectionRecipe(Settings):
 
     @model_validator(mode="after")
     def _judged_by_something_else(self) -> "SelectionRecipe":
-        if self.family and (both := set(self.family.choices) & set(self.compare.choices)):
+        if self.family and (both := {path.resolve() for path in self.family.choices} & {path.resolve() for path in self.compare.choices}):
             raise ValueError(
                 f"family.choices and compare.choices both have {', '.join(map(str, sorted(both)))}: models would be ordered by what selectors are judged by"
             )

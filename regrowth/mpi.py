@@ -54,6 +54,10 @@ class MpiRanks(Alone):
         host = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         return host.Get_rank(), host.Get_size()
 
+    def of_this_host(self, value: T) -> list[T]:
+        """What each rank of this host gives."""
+        return self._world.Split_type(self._mpi.COMM_TYPE_SHARED).allgather(value)
+
     def leave(self) -> None:
         """Part from the others, when they do so too."""
         self._wait()

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from regrowth.data_pipeline.executors.cores import take_threads, usable_cores
+from regrowth.data_pipeline.executors.cores import share_cores, usable_cores
 from regrowth.data_pipeline.executors.ranks import pass_gates, run_alone
 from regrowth.data_pipeline.phases.base import Phase
 from regrowth.data_pipeline.pipeline import Pipeline
@@ -55,18 +55,18 @@ def run_local(pipeline: Pipeline, workers: int, report: Progress) -> None:
 
 
 class _Worker:
-    def __init__(self, root: Path, threads: int) -> None:
+    def __init__(self, root: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, str(root), threads), daemon=True)
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, str(root)), daemon=True)
         with _ignoring_interrupts():  # Ctrl-C is the parent's business; a worker's task is whole or absent anyway
             self.process.start()
         theirs.close()
         self.task: int | None = None
 
-    def give(self, phase: int, task: int) -> None:
+    def give(self, phase: int, task: int, threads: int) -> None:
         self.task = task
-        self.pipe.send((phase, task))
+        self.pipe.send((phase, task, threads))
 
 
 class _Team:
@@ -84,12 +84,13 @@ class _Team:
         done = total - sum(sizes[task] for task in queue)
         deaths: collections.Counter[int] = collections.Counter()
         errors: list[RegrowthError] = []
+        threads = usable_cores() // max(1, min(self.size, len(queue)))  # few tasks have more cores each
         report(phase.name, done, total)
         while queue or any(w.task is not None for w in self.workers):
             stop = len(errors) > (max_failed if phase.may_lose else 0)
             while not stop and queue and (worker := self._idle(len(queue))):
                 try:
-                    worker.give(number, queue[0])
+                    worker.give(number, queue[0], threads)
                     queue.popleft()
                 except OSError:  # it died while it was idle
                     self._bury(worker)
@@ -132,7 +133,7 @@ class _Team:
             if worker.task is None:
                 return worker
         if len(self.workers) < min(self.size, wanted + sum(w.task is not None for w in self.workers)):
-            self.workers.append(_Worker(self.root, usable_cores() // self.size))
+            self.workers.append(_Worker(self.root))
             return self.workers[-1]
         return None
 
@@ -161,17 +162,17 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _serve(pipe: Connection, root: str, threads: int) -> None:
+def _serve(pipe: Connection, root: str) -> None:
     """A worker: tasks in, None or an error out, until the pipe closes."""
-    take_threads(threads)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     pipeline = Pipeline.open(Path(root))
     while True:
         try:
-            phase, task = pipe.recv()
+            phase, task, threads = pipe.recv()
         except (EOFError, OSError):
             return
         answer: Any = None
+        share_cores(threads)
         try:
             pipeline.phases[phase].run_task(task)
         except RegrowthError as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from regrowth.data_pipeline.config import DataConfig
+from regrowth.data_pipeline.executors.cores import cores_of_this_process, share_beside
 from regrowth.data_pipeline.executors.local import Progress
 from regrowth.data_pipeline.executors.ranks import pass_gates, work
 from regrowth.data_pipeline.pipeline import Pipeline
@@ -19,12 +20,12 @@ def run_mpi(config: DataConfig, report: Progress, retry_failed: bool = False) ->
     """
     world = MpiRanks()
     root = world.first(lambda: str(reopened(Pipeline.plan_of(config).begin(), retry_failed).root))
-    pipeline, (_, beside) = Pipeline.open(Path(root)), world.on_this_host()
+    pipeline, threads = Pipeline.open(Path(root)), share_beside(world.of_this_host(cores_of_this_process()))
     for number, phase in enumerate(pipeline.phases):
         world.first(lambda n=number: pass_gates(pipeline, n, config.executor.max_failed))
         if world.rank == 0:
             report(phase.name, 0, world.size)
-        world.together(lambda n=number: work(pipeline, n, world.rank, world.size, beside=beside))
+        world.together(lambda n=number: work(pipeline, n, world.rank, world.size, threads=threads))
         if world.rank == 0:
             report(phase.name, world.size, world.size)
     world.first(lambda: pass_gates(pipeline, len(pipeline.phases), config.executor.max_failed))

@@ -1,10 +1,9 @@
 """One rank of many does its share of a phase: what MPI ranks and Slurm array tasks call. Ranks need not know of each other."""
 
-import os
 import traceback
 from collections.abc import Callable
 
-from regrowth.data_pipeline.executors.cores import take_threads, usable_cores
+from regrowth.data_pipeline.executors.cores import share_cores, usable_cores
 from regrowth.data_pipeline.phases.base import assigned
 from regrowth.data_pipeline.pipeline import Pipeline
 from regrowth.errors import RegrowthError, RunFailed, Stopped
@@ -16,17 +15,17 @@ def work(
     rank: int,
     world_size: int,
     on_done: Callable[[int], None] = lambda _: None,
-    beside: int = 1,
+    threads: int | None = None,
 ) -> tuple[int, list[str]]:
     """Do this rank's tasks of a phase, the settled phases before it taken for granted; returns how many were done, and letters of those that failed.
 
     Args:
-        beside: the ranks of this machine, which share its cores unless each is bound to its own.
+        threads: of models; without it all cores that the process may use.
 
     Raises:
         Stopped: an end was asked for.
     """
-    take_threads(min(usable_cores(), (os.cpu_count() or 1) // beside))
+    share_cores(threads or usable_cores())
     phase = pipeline.phases[phase_number]
     if phase.settled:
         return 0, []

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import xxhash
 
+from regrowth.data_pipeline.executors.cores import keep_to_share
 from regrowth.data_pipeline.rephrase.cache import Answer, RequestCache
 from regrowth.data_pipeline.rephrase.config import LocalModelConfig
 from regrowth.data_pipeline.rephrase.engine import Engine, Report, Request
@@ -31,6 +32,7 @@ class LocalModel(Engine):
         if self._model is not None:
             return
         transformers = need("transformers", "rephrasing by a model in this process")
+        keep_to_share()
         config, where = self.config, f"transforms.local.path = {self.config.path}"
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         try:

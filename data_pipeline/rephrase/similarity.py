@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from regrowth.data_pipeline.executors.cores import keep_to_share
 from regrowth.data_pipeline.transform_config import Similarity
 from regrowth.errors import UserError, need
 
@@ -23,6 +24,7 @@ class SimilarityCheck:
         transformers = need("transformers", "comparing rephrases with their sources")
         kind = transformers.AutoModel if config.kind == "embedding" else transformers.AutoModelForSequenceClassification
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        keep_to_share()
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.path)
             self._model: Any = kind.from_pretrained(config.path).to(device).eval()

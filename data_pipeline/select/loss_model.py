@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from regrowth.data_pipeline.executors.cores import keep_to_share
 from regrowth.data_pipeline.select.config import Losses
 from regrowth.data_pipeline.select.record import model_mark
 from regrowth.data_pipeline.select.windows import Window, windows
@@ -63,9 +64,14 @@ class LossModel:
 
     @property
     def vocabulary(self) -> str:
-        """A hash of the tokenizer: equal where tokens mean the same, and a probe is cut alike."""
+        """A hash of the tokenizer: equal where tokens mean the same, a probe is cut alike, and documents begin alike."""
         cut = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-        return fingerprint([sorted(self.tokenizer.get_vocab().items()), cut, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id])
+        return fingerprint([sorted(self.tokenizer.get_vocab().items()), cut, self._first])
+
+    @property
+    def _first(self) -> int | None:
+        """The token that stands before each document."""
+        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
 
     @property
     def _where(self) -> str:
@@ -75,6 +81,7 @@ class LossModel:
         """Have the model in memory."""
         if self._model is not None:
             return
+        keep_to_share()
         transformers = need("transformers", "taking models' losses on documents")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.config.device == "auto" else self.config.device
         transformers.utils.logging.disable_progress_bar()  # of a moment's loading, in the midst of ours
@@ -103,7 +110,7 @@ class LossModel:
         """The losses of documents."""
         self.load()
         coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        first = self._first
         ids = [([] if first is None else [first]) + tokens for tokens in coded["input_ids"]]
         skipped = [0 if first is not None or not offsets else offsets[0][1] for offsets in coded["offset_mapping"]]
         characters = np.array([len(text) - gone for text, gone in zip(texts, skipped, strict=True)], np.int64)

@@ -117,7 +117,7 @@ class ByPredictiveStrength(_ByFastText):
             begin = f"transforms.{number}.models."
             there = {key.removeprefix(begin): mark for key, mark in pool.pipeline.plan["inputs"].items() if key.startswith(begin)}
             wanted = {
-                model.name: f"{model_mark(model.path)} {score:g}"
+                model.name: f"{model_mark(model.path)} {score!r}"
                 for model, score in zip(*load_models(self.config.models_file, self.config.target), strict=True)
             }
             if there != wanted or mine != theirs:

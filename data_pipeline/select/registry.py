@@ -55,4 +55,4 @@ def _models_of(config: known.PreSelect) -> dict[str, str]:
     from regrowth.data_pipeline.select.strength import load_models
 
     models, scores = load_models(config.models_file, config.target)
-    return {f"model {model.name}": f"{model_mark(model.path)} {score:g}" for model, score in zip(models, scores, strict=True)}
+    return {f"model {model.name}": f"{model_mark(model.path)} {score!r}" for model, score in zip(models, scores, strict=True)}

@@ -77,12 +77,14 @@ def fit_selector(config: SelectorSettings, folder: Path, pool: Pool, target: Poo
     from regrowth.data_pipeline.select.registry import build_selector, inputs_of
 
     selector = build_selector(config, folder)
+
+    def of_itself(settings: dict[str, Any]) -> dict[str, Any]:
+        """What is not a file or a model: those are known by what is in them (`inputs`), not by where they lie."""
+        return {key: value for key, value in settings.items() if key not in (*config.inputs, *config.models, "models_file", "like")}
+
     wanted = {
         "format": FORMAT,
-        # Files and models are known by what is in them (`inputs`), not by where they lie.
-        "config": {
-            key: value for key, value in essence(config).items() if key not in (*config.inputs, *config.models, "models_file", "like")
-        },
+        "config": of_itself(essence(config)),
         "version": selector.version,
         "pool": pool.mark,
         "target": target.mark if target and config.needs_target else None,
@@ -90,10 +92,13 @@ def fit_selector(config: SelectorSettings, folder: Path, pool: Pool, target: Poo
     }
     if (folder / RECORD).exists():
         there = read_record(folder)
+        there["config"] = of_itself(there["config"])  # earlier versions wrote all
         if changed := [key for key, value in wanted.items() if there.get(key) != value]:
             raise UserError(
                 f"{folder}: holds a selector that was fitted to something else ({', '.join(changed)}). Remove it, or name another folder."
             )
+        if there["settings"] != plain(config):  # a model that lies elsewhere now is found there from now on
+            write_json(folder / RECORD, {**there, "settings": plain(config)})
         return selector
     if config.needs_target and target is None:
         raise UserError(f"selectors: {plain(config)['kind']} is fitted to the target's text; give the recipe a [target] with sources.")

@@ -10,8 +10,9 @@ import xxhash
 from regrowth.data_pipeline.arrow import pc
 
 
-def text_bytes(texts: pa.LargeStringArray) -> tuple[list[int], memoryview]:
+def text_bytes(texts: pa.StringArray | pa.LargeStringArray) -> tuple[list[int], memoryview]:
     """The UTF-8 bytes of all texts, as they lie in memory, and the n + 1 places between them: one text after the other, without a string of each."""
+    texts = texts.cast(pa.large_string())
     _, offsets, data = texts.buffers()
     if not len(texts) or data is None:
         return [0] * (len(texts) + 1), memoryview(b"")

@@ -133,7 +133,8 @@ def main() -> None:
     compare(str(out / "recipe.toml"), [], chosen.only, chosen.table)
     outcomes = read_json(out / "comparison.json")
     write_json(chosen.results, outcomes)
-    write_text(chosen.results.with_suffix(".svg"), plot([Outcome(**row) for row in outcomes], "random", "bits_per_byte"))
+    if drawing := plot([Outcome(**row) for row in outcomes], "random", "bits_per_byte"):
+        write_text(chosen.results.with_suffix(".svg"), drawing)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def test_a_fasttext_classifier_scores_and_drops(tmp_path: Path) -> None:
     part: pa.LargeStringArray = batch_of("before", *odd).column("text").slice(2, 6)  # pyright: ignore[reportAssignmentType]
     assert probabilities(scorer._model, part, "__label__1").tolist() == wanted, "as the library itself says"
     assert lines_of(part, hide_labels=True)[3] == b"__label_ _1 x\n"
+    assert lines_of(pa.array(["x", "ab", "c"]).slice(1)) == [b"ab\n", b"c\n"]  # pyright: ignore[reportArgumentType]
     assert lines_of(pa.array([], pa.large_string())) == [] and lines_of(pa.array(["", ""], pa.large_string())) == [b"\n", b"\n"]
     strict = FastTextScorer(tc.FastTextScore(kind="fasttext", model=str(tmp_path / "m.bin"), min_score=0.5, name="taste"))
     assert outcome(strict, batch_of(good, bad)) == ([good], ["low_taste"])

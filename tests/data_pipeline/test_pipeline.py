@@ -12,6 +12,7 @@ import pytest
 
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.document import Raw
+from regrowth.data_pipeline.executors import cores
 from regrowth.data_pipeline.phases.base import assigned
 from regrowth.data_pipeline.phases.shard import domain_folder
 from regrowth.data_pipeline.pipeline import Pipeline, corpus_folder
@@ -101,16 +102,37 @@ def test_settings_of_who_does_the_work_reach_the_workers(tmp_path: Path) -> None
     assert Pipeline.open(again.root).config.executor.max_failed == 5 and Pipeline.open(again.root).config.workers == 9
 
 
-@pytest.mark.parametrize(("given", "share"), [(None, 1), ("1,2", 3)])
+@pytest.mark.parametrize(("given", "wanted"), [(None, True), ("", True), ("abc", False)])
 @pytest.mark.parametrize("first", ["", "import torch;"])
-def test_models_of_processes_side_by_side_take_their_share_of_the_cores(given: str | None, share: int, first: str) -> None:
-    """One thread, which a machine of one core gives in any case: MKL takes no more threads than there are cores, so no other number would do everywhere."""
-    program = f"from regrowth.data_pipeline.executors.cores import take_threads; {first} take_threads({share}); import torch; print(torch.get_num_threads())"
+def test_models_of_processes_side_by_side_take_their_share_of_the_cores(given: str | None, wanted: bool, first: str) -> None:
+    """One thread, because MKL takes no more than there are cores; beside as many as torch takes by itself, where somebody set OMP_NUM_THREADS."""
+    program = f"""{first}
+from regrowth.data_pipeline.executors.cores import keep_to_share, share_cores
+share_cores(0)
+keep_to_share()
+import os, torch
+print(torch.get_num_threads(), "OMP_NUM_THREADS" in os.environ)"""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | (
-        {"OMP_NUM_THREADS": given} if given else {}
+        {} if given is None else {"OMP_NUM_THREADS": given}
     )
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+
+    def told(program: str) -> list[str]:
+        return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    threads, is_set = told(program)
+    assert threads == ("1" if wanted else told("import torch; print(torch.get_num_threads())")[0])
+    assert is_set == str(given is not None), "servers that it starts inherit nothing"
+
+
+def test_the_share_of_the_cores_is_of_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "cores_of_this_process", lambda: set(range(16)))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    assert cores.usable_cores() == 16 and cores.share_beside([set(range(16))] * 8) == 2 and cores.share_beside([set(range(16))] * 99) == 1
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert cores.usable_cores() == 8 and cores.share_beside([set(range(16))] * 2) == 4
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8(x2)")
+    monkeypatch.setattr(cores, "cores_of_this_process", lambda: {4, 5})
+    assert cores.share_beside([{2 * n, 2 * n + 1} for n in range(8)]) == 2, "each is bound to its own"
 
 
 def test_a_killed_plan_leaves_the_folder_usable_and_foreign_folders_are_refused(tmp_path: Path) -> None:

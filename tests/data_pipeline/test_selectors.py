@@ -336,7 +336,12 @@ def test_a_model_that_changed_since_the_fit_is_found_out(corpora: tuple[Pool, Po
     path = build(tmp_path / "model")
     config = selector_of({"kind": "perplexity", "model": str(path), "losses": {"cache": str(tmp_path / "l.sqlite"), "device": "cpu"}})
     fit_selector(config, tmp_path / "s", *corpora)
-    load_selector(tmp_path / "s", "path")
+    mark = load_selector(tmp_path / "s", "path").describe()["mark"]
+    path = path.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"the model model = .* is gone or has changed"):
+        load_selector(tmp_path / "s", "path")
+    fit_selector(config.model_copy(update={"model": str(path)}), tmp_path / "s", *corpora)
+    assert load_selector(tmp_path / "s", "path").describe()["mark"] == mark, "the same selector, which knows now where its model is"
     build(path, seed=9)
     with pytest.raises(UserError, match=r"the model model = .* is gone or has changed"):
         load_selector(tmp_path / "s", "path")
