@@ -42,7 +42,7 @@ def train_family(recipe: SelectionRecipe, pool: Pool, target: Pool | None, at_on
     if target is None and not family.choices:
         raise UserError("family: there is nothing to score its models on: give the recipe a [target], or family.choices.")
     configs = [_config(recipe, family, number, pool) for number in range(len(family.members))]
-    finished = dict(train_all(configs, at_once, "family", console))
+    finished = dict(train_all(configs, at_once, "family", console, lambda _, run: run))
     runs = [finished[number] for number in range(len(configs))]
     models, flops = [], 0.0
     for member, config, run in zip(family.members, configs, runs, strict=True):

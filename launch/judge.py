@@ -15,6 +15,7 @@ from rich.table import Table
 
 from regrowth.data_pipeline.config import DataConfig
 from regrowth.data_pipeline.corpus import Corpus
+from regrowth.data_pipeline.executors.cores import share_cores, usable_cores
 from regrowth.data_pipeline.select.choices import Item, accuracy, read_items
 from regrowth.data_pipeline.select.config import Losses
 from regrowth.data_pipeline.select.pool import Pool
@@ -102,9 +103,14 @@ def judge(recipe: SelectionRecipe, only: str, console: Console) -> None:
         for counted in ((False, True) if outcome.counted_steps else (False,))
     ]
     configs = [_run(recipe, outcome, root, seed, counted) for seed, outcome, root, counted in plans]
-    for place, run in train_all(configs, rules.at_once, "comparison", console):
+    share_cores(usable_cores() // rules.at_once)  # runs are judged while others train
+
+    def judged(place: int, run: RunFolder) -> dict[str, Any]:
+        return _judged(recipe, run, configs[place], held, choices)
+
+    for place, measured in train_all(configs, rules.at_once, "comparison", console, judged):
         seed, outcome, _, counted = plans[place]
-        (outcome.counted if counted else outcome.runs)[str(seed)] = _judged(recipe, run, configs[place], held, choices)
+        (outcome.counted if counted else outcome.runs)[str(seed)] = measured
         write_json(recipe.out / "comparison.json", [asdict(outcome) for outcome, _ in outcomes])
 
 

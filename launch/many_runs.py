@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -14,6 +15,8 @@ from regrowth.files import write_text
 from regrowth.pretrain.config import RunConfig
 from regrowth.pretrain.run_folder import RunFolder
 from regrowth.settings import to_toml
+
+T = TypeVar("T")
 
 
 def find_run(config: RunConfig) -> RunFolder | None:
@@ -28,30 +31,39 @@ def find_run(config: RunConfig) -> RunFolder | None:
     return None
 
 
-def train_all(configs: Sequence[RunConfig], at_once: int, what: str, console: Console) -> Iterator[tuple[int, RunFolder]]:
-    """(place among the configs, finished run) of each as it ends, begun in this order; what is finished already is taken as it is, and comes first.
+def train_all(
+    configs: Sequence[RunConfig], at_once: int, what: str, console: Console, then: Callable[[int, RunFolder], T]
+) -> Iterator[tuple[int, T]]:
+    """Train what is missing of these runs, begun in this order.
+
+    Args:
+        then: called with a config's place and its finished run, by the thread that waited for it: no more than `at_once` of either are under way.
+
+    Yields:
+        (place, what `then` gave), of each run as it ends.
 
     Raises:
         RunFailed: a run did not reach its end; the others are trained before it is told.
     """
-    found = [find_run(config) for config in configs]
-    yield from ((place, run) for place, run in enumerate(found) if run and run.finished)
-    missing = [place for place, run in enumerate(found) if not (run and run.finished)]
+
+    def one(place: int) -> T:
+        if not ((run := find_run(configs[place])) and run.finished):
+            _train(configs[place])
+        run = find_run(configs[place])
+        assert run is not None
+        return then(place, run)
+
     failed: list[BaseException] = []
     with ThreadPoolExecutor(at_once) as pool:
-        begun = {pool.submit(_train, configs[place]): place for place in missing}
+        begun = {pool.submit(one, place): place for place in range(len(configs))}
         try:
             for run in track(
-                as_completed(begun),
-                f"{what}: {len(missing)} runs",
-                len(missing),
-                console=console,
-                disable=not missing or not console.is_terminal,
+                as_completed(begun), f"{what}: {len(begun)} runs", len(begun), console=console, disable=not console.is_terminal
             ):
                 if error := run.exception():
                     failed.append(error)
-                elif done := find_run(configs[begun[run]]):
-                    yield begun[run], done
+                else:
+                    yield begun[run], run.result()
         except BaseException:  # those that are running are stopped by the same Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             raise
