@@ -4,6 +4,7 @@ What is written below the recipe's `out`: selectors/NAME, corpora/, runs/, judge
 stopped, and nothing that stands is made again.
 """
 
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,10 +104,12 @@ def judge(recipe: SelectionRecipe, only: str, console: Console) -> None:
         for counted in ((False, True) if outcome.counted_steps else (False,))
     ]
     configs = [_run(recipe, outcome, root, seed, counted) for seed, outcome, root, counted in plans]
-    share_cores(usable_cores() // rules.at_once)  # runs are judged while others train
+    share_cores(usable_cores() // rules.at_once)  # runs are judged while others train,
+    one_by_one = threading.Lock()  # but not while others are: transformers cannot load two models at once
 
     def judged(place: int, run: RunFolder) -> dict[str, Any]:
-        return _judged(recipe, run, configs[place], held, choices)
+        with one_by_one:
+            return _judged(recipe, run, configs[place], held, choices)
 
     for place, measured in train_all(configs, rules.at_once, "comparison", console, judged):
         seed, outcome, _, counted = plans[place]
